@@ -1,0 +1,82 @@
+//! Agreeing on a link: each side's TLS key, its share of the check key, and where it might be reached.
+
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// How the packets of a link may travel. Two instances have at most one link of each route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[repr(u8)]
+pub enum Route {
+    /// Directly where a path is proved, else by way of the relay.
+    Auto = 0,
+    /// By way of the relay only, because the caller asked for that.
+    RelayedOnly = 1,
+}
+
+impl Route {
+    /// The route whose datagrams carry this lane number.
+    pub fn from_lane(lane: u8) -> Option<Self> {
+        match lane {
+            0 => Some(Self::Auto),
+            1 => Some(Self::RelayedOnly),
+            _ => None,
+        }
+    }
+
+    /// The number by which the relay's datagrams name this route.
+    pub fn lane(self) -> u8 {
+        self as u8
+    }
+}
+
+/// The asking side's half of a link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkOffer {
+    /// How packets may travel.
+    pub route: Route,
+    /// The TLS key of this process: an Ed25519 SubjectPublicKeyInfo (RFC 8410), pinned by the other side.
+    pub tls_key: Vec<u8>,
+    /// Random share of the key that authenticates connectivity checks.
+    pub check_share: [u8; 32],
+    /// Where this side might be reached directly.
+    pub candidates: Vec<Candidate>,
+}
+
+/// The answering side's half of a link.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkAnswer {
+    /// The TLS key of this process, as in [`LinkOffer::tls_key`].
+    pub tls_key: Vec<u8>,
+    /// The other share of the check key.
+    pub check_share: [u8; 32],
+    /// Where this side might be reached directly.
+    pub candidates: Vec<Candidate>,
+}
+
+/// More places where the sender might be reached, found after the link was agreed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CandidateUpdate {
+    /// The sender's full list, in place of the one before.
+    pub candidates: Vec<Candidate>,
+}
+
+/// An address where a peer might be reached, and how it knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Candidate {
+    /// How the address is known.
+    pub kind: CandidateKind,
+    /// The address.
+    pub addr: SocketAddr,
+}
+
+/// How an address is known; the order is the preference among otherwise equal paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum CandidateKind {
+    /// An interface of the host has it.
+    Host,
+    /// A STUN responder saw it.
+    ServerReflexive,
+    /// An authenticated check came from it.
+    PeerReflexive,
+}

@@ -1,0 +1,46 @@
+//! What is inside a sealed message.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    id::RequestId,
+    request::{Outcome, Request},
+};
+
+/// The plaintext of one sealed message. Append-only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// Please do this. Repeated under the same id until it is accepted or answered.
+    Ask {
+        /// Chosen by the asking side.
+        id: RequestId,
+        /// What to do.
+        request: Request,
+    },
+    /// Please do what the shared part of this multicast says.
+    AskShared {
+        /// Chosen by the asking side, another one for each recipient.
+        id: RequestId,
+        /// AES-256-GCM key of the shared part, used for it alone.
+        key: [u8; 32],
+        /// BLAKE3 hash of the sealed shared part: the relay cannot pair this share with another.
+        digest: [u8; 32],
+    },
+    /// The request arrived and is being worked on: no need to repeat it soon.
+    Accepted {
+        /// The request.
+        id: RequestId,
+    },
+    /// The request's outcome.
+    Answer {
+        /// The request.
+        id: RequestId,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// Too much is going on here to take the request; nothing was done.
+    Busy {
+        /// The request.
+        id: RequestId,
+    },
+}
