@@ -1,7 +1,5 @@
 //! Joining a room, as the joiner, the relay and their attackers see it.
 
-use std::convert::Infallible;
-
 use peerfleet_proto::{
     admission::{Admission, join},
     fault::Misbehaved,
@@ -9,8 +7,10 @@ use peerfleet_proto::{
     token::{RoomKeys, Token},
     wire::relay::{Challenge, Join},
 };
-use rand_core::{TryCryptoRng, TryRng};
 use x25519_dalek::{PublicKey, StaticSecret};
+
+mod common;
+use common::Hashes;
 
 const INSTANCE: InstanceId = InstanceId::from_bytes([4; 16]);
 
@@ -98,28 +98,3 @@ fn identity() -> (StaticSecret, PeerId) {
 fn answer(challenge: &Challenge, room: &str) -> Join {
     join(challenge, &keys(room), &identity().0, INSTANCE, b"sealed".to_vec()).expect("the relay's key is sound")
 }
-
-/// Randomness of tests: the same from the same seed.
-struct Hashes(u64);
-
-impl TryRng for Hashes {
-    type Error = Infallible;
-
-    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
-        Ok(self.try_next_u64()? as u32)
-    }
-
-    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
-        let mut bytes = [0; 8];
-        self.try_fill_bytes(&mut bytes)?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
-        self.0 = self.0.wrapping_add(1 << 32);
-        blake3::Hasher::new().update(&self.0.to_le_bytes()).finalize_xof().fill(bytes);
-        Ok(())
-    }
-}
-
-impl TryCryptoRng for Hashes {}
