@@ -61,3 +61,25 @@ pub const RANGE_BYTES: u64 = 1024 * 1024;
 
 /// Longest typed head (a request or an outcome) on a stream, in bytes.
 pub const MAX_HEAD_BYTES: usize = 128 * 1024;
+
+/// Pause before an ask is repeated for the first time; it doubles with each repeat. RFC 6298 §2.1 starts there too.
+pub const ASK_RETRY_FIRST: Duration = Duration::from_secs(1);
+
+/// Longest pause between repeats, and the interval at which an accepted ask is asked after.
+pub const ASK_RETRY_MAX: Duration = Duration::from_secs(10);
+
+/// An ask that was accepted or answered by nobody for so long has failed: three repeats went unanswered.
+pub const ASK_CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// An accepted ask whose host left the room and did not come back for so long is lost: a relay's restart takes less.
+pub const ASK_LOST_AFTER: Duration = Duration::from_secs(30);
+
+/// An accepted ask of which nothing was heard for so long is lost. Below [`OUTCOME_MEMORY_MIN`]: whoever asks again after
+/// that would not know whether the host still remembers.
+pub const ASK_SILENT_AFTER: Duration = Duration::from_secs(90);
+
+/// How long a host remembers an outcome for who asks again.
+pub const OUTCOME_MEMORY: Duration = Duration::from_secs(600);
+
+/// How long a host remembers an outcome even when memory is short; then it takes no new asks.
+pub const OUTCOME_MEMORY_MIN: Duration = Duration::from_secs(120);

@@ -86,7 +86,7 @@ fn neither_token_nor_room_name_is_in_what_the_joiner_sends() {
 const TOKEN: &str = "correct horse battery staple";
 
 fn keys(room: &str) -> RoomKeys {
-    RoomKeys::derive(&Token::parse(TOKEN).unwrap(), room)
+    RoomKeys::derive(&Token::parse(TOKEN).expect("a token"), room)
 }
 
 fn identity() -> (StaticSecret, PeerId) {

@@ -152,15 +152,19 @@ fn ours(identity: &StaticSecret) -> Handshake<'_> {
 
 fn snow(identity: u8) -> snow::Builder<'static> {
     let key: &'static [u8] = Box::leak(Box::new([identity; 32]));
-    let builder = snow::Builder::new(PATTERN.parse().unwrap());
-    builder.local_private_key(key).unwrap().prologue(PROLOGUE).unwrap().psk(1, &PSK).unwrap()
+    let builder = snow::Builder::new(PATTERN.parse().expect("a pattern"));
+    builder
+        .local_private_key(key)
+        .and_then(|builder| builder.prologue(PROLOGUE))
+        .and_then(|builder| builder.psk(1, &PSK))
+        .expect("each is set once")
 }
 
 /// Our transport messages under these keys are what the other implementation writes and reads.
 fn assert_transport_agrees(to_other: &[u8; 32], from_other: &[u8; 32], other: snow::StatelessTransportState) {
     let mut buffer = [0; 64];
     for counter in [0, 1, 1 << 20] {
-        let len = other.write_message(counter, b"from there", &mut buffer).unwrap();
+        let len = other.write_message(counter, b"from there", &mut buffer).expect("it fits");
         let mut open = OpenKey::new(&(*from_other).into());
         assert_eq!(open.open(counter, b"", &buffer[..len]).as_deref(), Ok(&b"from there"[..]));
         assert!(OpenKey::new(&(*to_other).into()).open(counter, b"", &buffer[..len]).is_err());

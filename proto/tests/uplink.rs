@@ -1,6 +1,9 @@
 //! The connection to the relay in virtual time: joining, silence, drains, and who is in the room across rejoins.
 
+#![expect(clippy::disallowed_methods, reason = "virtual time begins somewhere")]
+
 use std::{
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -194,7 +197,7 @@ impl Line {
         let (_, challenge) = Admission::new(&mut self.rng);
         self.say(RelayToPeer::Challenge(challenge));
         assert!(matches!(self.uplink.poll_transmit(), Some(Transmit::Frame(_))));
-        let observed = "127.0.0.1:9".parse().unwrap();
+        let observed = SocketAddr::from(([127, 0, 0, 1], 9));
         let welcome = Welcome { slot: Slot(100), observed, idle_timeout_ms: 90_000, stun: true };
         self.say(RelayToPeer::Welcome(welcome));
         for member in members {

@@ -223,12 +223,12 @@ impl Symmetric {
 }
 
 /// AES-256-GCM under this key.
-pub(super) fn cipher(key: &[u8; 32]) -> Aes256Gcm {
+pub(crate) fn cipher(key: &[u8; 32]) -> Aes256Gcm {
     Aes256Gcm::new(key.into())
 }
 
 /// Noise's AESGCM nonce: 32 zero bits and the counter, big-endian (§12.4).
-pub(super) fn nonce(counter: u64) -> [u8; 12] {
+pub(crate) fn nonce(counter: u64) -> [u8; 12] {
     let mut nonce = [0; 12];
     nonce[4..].copy_from_slice(&counter.to_be_bytes());
     nonce

@@ -14,6 +14,8 @@ pub enum Message {
     Ask {
         /// Chosen by the asking side.
         id: RequestId,
+        /// Earlier ids that the asking side has its answers of and has sent only once: they may be forgotten.
+        settled: Vec<RequestId>,
         /// What to do.
         request: Request,
     },
