@@ -20,7 +20,7 @@ use crate::id::{RoomId, base32};
 /// How generated tokens begin, so that a person and a program recognise one.
 pub const TOKEN_PREFIX: &str = "pft1-";
 
-/// Longest token and room name, in bytes: far more than anybody types, and little to hash.
+/// Longest token, in bytes: far more than anybody types, and little to hash.
 pub const MAX_TOKEN_BYTES: usize = 1024;
 
 /// Chosen tokens shorter than this are warned about.
@@ -88,7 +88,7 @@ impl Token {
         if text.len() > MAX_TOKEN_BYTES {
             return Err(InvalidToken::TooLong);
         }
-        let Some(encoded) = text.strip_prefix(TOKEN_PREFIX) else {
+        let Some(encoded) = generated_part(text) else {
             return Ok(Self(Secret::Chosen(text.to_owned())));
         };
         let bytes = Zeroizing::new(base32().decode(encoded.as_bytes()).map_err(|_| InvalidToken::Mistyped)?);
@@ -101,13 +101,17 @@ impl Token {
 
     /// The text that people copy. It is the secret itself: show it only where it was asked for.
     pub fn reveal(&self) -> Zeroizing<String> {
-        Zeroizing::new(match &self.0 {
+        match &self.0 {
             Secret::Generated(secret) => {
                 let bytes = Zeroizing::new([&secret[..], &checksum(secret)].concat());
-                format!("{TOKEN_PREFIX}{}", base32().encode(&bytes))
+                // Room for all of it beforehand: growing would leave copies of the secret behind.
+                let mut text = Zeroizing::new(String::with_capacity(TOKEN_PREFIX.len() + 2 * bytes.len()));
+                text.push_str(TOKEN_PREFIX);
+                base32().encode_append(&bytes, &mut text);
+                text
             }
-            Secret::Chosen(text) => text.clone(),
-        })
+            Secret::Chosen(text) => Zeroizing::new(text.clone()),
+        }
     }
 
     /// Whether a person chose it and it looks guessable.
@@ -133,6 +137,12 @@ impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Token(…)")
     }
+}
+
+/// What stands behind the prefix of a generated token, in either case, as base32 is read.
+fn generated_part(text: &str) -> Option<&str> {
+    let (prefix, encoded) = text.split_at_checked(TOKEN_PREFIX.len())?;
+    prefix.eq_ignore_ascii_case(TOKEN_PREFIX).then_some(encoded)
 }
 
 fn checksum(secret: &[u8; 32]) -> [u8; CHECKSUM_BYTES] {
@@ -267,6 +277,20 @@ mod tests {
         let last = if text.ends_with('a') { "b" } else { "a" };
         for wrong in [text[..text.len() - 1].to_owned(), format!("{}{last}", &text[..text.len() - 1]), "pft1-".into()] {
             assert_eq!(Token::parse(&wrong), Err(InvalidToken::Mistyped));
+        }
+    }
+
+    #[test]
+    fn a_generated_token_in_upper_case_is_the_same_token() {
+        let upper = generated().reveal().to_uppercase();
+        assert_eq!(Token::parse(&upper), Ok(generated()));
+        assert_eq!(Token::parse(&upper[..upper.len() - 1]), Err(InvalidToken::Mistyped));
+    }
+
+    #[test]
+    fn a_chosen_token_may_have_any_characters() {
+        for text in ["pft", "pft1", "h\u{e9}llo", "\u{1f511}\u{1f511}"] {
+            assert_eq!(Token::parse(text).map(|token| token.reveal().to_string()), Ok(text.to_owned()));
         }
     }
 
