@@ -170,7 +170,8 @@ impl PresenceSealer {
 pub struct PresenceOpener {
     room: RoomId,
     key: Zeroizing<[u8; 32]>,
-    newest: BTreeMap<InstanceId, u64>,
+    /// By identity too: the same instance id under another identity says nothing of this one.
+    newest: BTreeMap<(InstanceId, PeerId), u64>,
 }
 
 impl PresenceOpener {
@@ -185,6 +186,9 @@ impl PresenceOpener {
     /// # Errors
     /// [`PresenceFault`].
     pub fn open(&mut self, peer: PeerId, instance: InstanceId, sealed: &[u8]) -> Result<Presence, PresenceFault> {
+        if sealed.len() > MAX_PRESENCE_BYTES {
+            return Err(PresenceFault::Invalid);
+        }
         let (counter, ciphertext) = sealed.split_first_chunk::<COUNTER_BYTES>().ok_or(PresenceFault::Forged)?;
         let (cipher, binding) = instance_cipher(&self.key, self.room, peer, instance);
         let payload = Payload { msg: ciphertext, aad: &binding };
@@ -193,7 +197,7 @@ impl PresenceOpener {
         if !follows_the_rules(&presence) {
             return Err(PresenceFault::Invalid);
         }
-        let newest = self.newest.entry(instance).or_default();
+        let newest = self.newest.entry((instance, peer)).or_default();
         let counter = u64::from_be_bytes(*counter);
         if counter < *newest {
             return Err(PresenceFault::Stale);
@@ -204,7 +208,7 @@ impl PresenceOpener {
 
     /// Forgets an instance that will not come back, so that memory is bounded by who is in the room.
     pub fn forget(&mut self, instance: InstanceId) {
-        self.newest.remove(&instance);
+        self.newest.retain(|(known, _), _| *known != instance);
     }
 }
 
@@ -278,6 +282,55 @@ mod tests {
         assert_eq!(opener.open(PEER, INSTANCE, &newer), Ok(presence("new")));
         assert_eq!(opener.open(PEER, INSTANCE, &newer), Ok(presence("new")));
         assert_eq!(opener.open(PEER, INSTANCE, &older), Err(PresenceFault::Stale));
+    }
+
+    #[test]
+    fn the_same_instance_id_under_another_identity_makes_no_presence_stale() {
+        let keys = keys("correct horse battery staple");
+        let impostor = PeerId::from_bytes([9; 32]);
+        let mut sealer = PresenceSealer::new(&keys, impostor, INSTANCE);
+        let mut opener = PresenceOpener::new(&keys);
+        for _ in 0..3 {
+            opener.open(impostor, INSTANCE, &sealer.seal(&presence("fake"))).unwrap();
+        }
+        let sealed = PresenceSealer::new(&keys, PEER, INSTANCE).seal(&presence("web-1"));
+        assert_eq!(opener.open(PEER, INSTANCE, &sealed), Ok(presence("web-1")));
+    }
+
+    #[test]
+    fn an_instance_that_was_forgotten_may_begin_anew() {
+        let keys = keys("correct horse battery staple");
+        let mut sealer = PresenceSealer::new(&keys, PEER, INSTANCE);
+        let (older, newer) = (sealer.seal(&presence("old")), sealer.seal(&presence("new")));
+        let mut opener = PresenceOpener::new(&keys);
+        opener.open(PEER, INSTANCE, &newer).unwrap();
+        opener.forget(INSTANCE);
+        assert_eq!(opener.open(PEER, INSTANCE, &older), Ok(presence("old")));
+    }
+
+    #[test]
+    fn the_longest_presence_that_keeps_the_rules_fits_the_limit() {
+        let keys = keys("correct horse battery staple");
+        let longest = "x".repeat(MAX_TAG_BYTES);
+        let largest = Presence {
+            name: "x".repeat(MAX_NAME_BYTES),
+            tags: vec![longest.clone(); MAX_TAGS],
+            os: longest.clone(),
+            arch: longest.clone(),
+            version: longest,
+            services: vec![Service::Exec, Service::Transfer],
+            ..presence("x")
+        };
+        let sealed = PresenceSealer::new(&keys, PEER, INSTANCE).seal(&largest);
+        assert!(sealed.len() <= MAX_PRESENCE_BYTES, "{} bytes", sealed.len());
+        assert_eq!(PresenceOpener::new(&keys).open(PEER, INSTANCE, &sealed), Ok(largest));
+    }
+
+    #[test]
+    fn an_oversized_presence_is_invalid_before_it_is_deciphered() {
+        let mut opener = PresenceOpener::new(&keys("correct horse battery staple"));
+        let oversized = vec![0; MAX_PRESENCE_BYTES + 1];
+        assert_eq!(opener.open(PEER, INSTANCE, &oversized), Err(PresenceFault::Invalid));
     }
 
     #[test]
