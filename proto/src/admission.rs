@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 use crate::{
     fault::Misbehaved,
     id::{InstanceId, PeerId, RoomId},
+    limits::MAX_PRESENCE_BYTES,
     token::{RoomKeys, room_id},
     wire::{
         RELAY_PROTOCOL,
@@ -57,8 +58,16 @@ impl Admission {
     /// Verifies the answer.
     ///
     /// # Errors
-    /// [`Misbehaved::WeakKey`] for a public key of low order, [`Misbehaved::Forged`] if a proof does not hold.
+    /// [`Misbehaved::WeakKey`] for a public key of low order or not in canonical form, [`Misbehaved::Forged`] if a proof
+    /// does not hold, [`Misbehaved::OverLimit`] for a presence longer than [`MAX_PRESENCE_BYTES`].
     pub fn verify(self, join: &Join) -> Result<Admitted, Misbehaved> {
+        if join.presence.len() > MAX_PRESENCE_BYTES {
+            return Err(Misbehaved::OverLimit);
+        }
+        // Else one key pair could be many identities, and one admission key many rooms.
+        if !is_canonical(&join.admission) || !is_canonical(join.peer.as_bytes()) {
+            return Err(Misbehaved::WeakKey);
+        }
         let transcript = transcript(&self.challenge, &join.admission, &join.peer, &join.instance, &join.presence);
         let room_proof = proof(ROOM_PROOF_LABEL, &self.secret, &join.admission, &transcript)?;
         let identity_proof = proof(IDENTITY_PROOF_LABEL, &self.secret, join.peer.as_bytes(), &transcript)?;
@@ -113,6 +122,14 @@ fn transcript(
     hasher.update(instance.as_bytes());
     hasher.update(blake3::hash(presence).as_bytes());
     *hasher.finalize().as_bytes()
+}
+
+/// Whether these bytes are the one form of a public key that X25519 itself writes: below 2²⁵⁵ − 19. Others are read
+/// modulo that, as the same key (RFC 7748 §5).
+fn is_canonical(key: &[u8; 32]) -> bool {
+    let [lowest, middle @ .., highest] = key;
+    let at_least_the_prime = *lowest >= 0xED && middle.iter().all(|byte| *byte == 0xFF) && *highest == 0x7F;
+    *highest <= 0x7F && !at_least_the_prime
 }
 
 fn proof(label: &str, mine: &StaticSecret, theirs: &[u8; 32], transcript: &[u8; 32]) -> Result<[u8; 32], Misbehaved> {

@@ -39,8 +39,8 @@ pub enum Misbehaved {
     /// A proof or seal did not verify.
     #[error("a proof did not verify")]
     Forged,
-    /// A public key that leads to a predictable shared secret (RFC 7748 §6.1).
-    #[error("a public key of low order")]
+    /// A public key that leads to a predictable shared secret (RFC 7748 §6.1), or is not in its one canonical form.
+    #[error("a weak public key")]
     WeakKey,
     /// A frame that is not allowed in this state.
     #[error("a frame out of turn")]
