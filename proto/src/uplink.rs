@@ -10,11 +10,14 @@
 //! ```
 //!
 //! Members are told apart by instance, not by slot: after a rejoin only those that really went are reported as gone, and
-//! an instance that came back before its old connection was reaped has simply moved.
-//! Bounds: pauses [`REJOIN_MIN`] to [`REJOIN_MAX`]; silence [`DEAD_AFTER`]; members [`MAX_MEMBERS`].
+//! an instance that came back before its old connection was reaped has simply moved. An instance id belongs to the
+//! identity that was first seen with it, for as long as that one is known: nobody takes the place of another.
+//! Bounds: pauses [`REJOIN_MIN`] to [`REJOIN_MAX`]; silence [`DEAD_AFTER`]; members [`MAX_MEMBERS`], each with a presence of
+//! at most [`MAX_PRESENCE_BYTES`].
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -25,19 +28,29 @@ use x25519_dalek::StaticSecret;
 use crate::{
     admission,
     id::{InstanceId, PeerId, Slot},
-    limits::{JOIN_DEADLINE, REJOIN_MAX, REJOIN_MIN, UPLINK_KEEPALIVE},
+    limits::{JOIN_DEADLINE, MAX_PRESENCE_BYTES, REJOIN_MAX, REJOIN_MIN, UPLINK_KEEPALIVE},
     token::RoomKeys,
     wire::relay::{Challenge, ClosingReason, Member, PeerToRelay, RelayToPeer, Welcome, control},
 };
 
+mod roster;
+
+use roster::Roster;
+
 /// Silence after which the connection counts as dead: two keep-alives unanswered, and 10 s for a slow network.
-pub const DEAD_AFTER: Duration = Duration::from_secs(2 * 25 + 10);
+pub const DEAD_AFTER: Duration = UPLINK_KEEPALIVE.saturating_mul(2).saturating_add(Duration::from_secs(10));
 
 /// Time for DNS, TCP and the upgrade; a SYN that is lost twice comes through within 7 s (RFC 6298 §2).
 pub const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Shortest interval of keep-alives, however soon the relay says that it reaps: a hostile one could ask for a flood.
+const KEEPALIVE_MIN: Duration = Duration::from_secs(1);
+
 /// Time in the room after which the next pause is the shortest again.
 const STABLE_AFTER: Duration = Duration::from_secs(60);
+
+/// Failures in a row after which the pause has its full length.
+const FAILURES_TO_FULL_PAUSE: u32 = (REJOIN_MAX.as_millis() / REJOIN_MIN.as_millis()).ilog2() + 1;
 
 /// Most members that are remembered: a hostile relay could name peers without end. Ten times the relay's default.
 pub const MAX_MEMBERS: usize = 10_000;
@@ -45,25 +58,30 @@ pub const MAX_MEMBERS: usize = 10_000;
 /// What the instance proves when it joins.
 pub struct Credentials {
     /// The room's keys.
-    pub keys: std::sync::Arc<RoomKeys>,
+    pub keys: Arc<RoomKeys>,
     /// The machine's identity.
     pub identity: StaticSecret,
     /// This process.
     pub instance: InstanceId,
 }
 
-/// One connection after the other to the relay. Call order: see [`crate`].
+/// One connection after the other to the relay.
+///
+/// 1. On [`Event::Connect`] open a connection; say [`Uplink::handle_connected`] when the upgrade is done, or
+///    [`Uplink::handle_disconnected`] when it cannot be made, and later when it ends.
+/// 2. Say [`Uplink::handle_heard`] for whatever arrives, pongs included, and [`Uplink::handle_control`] for control frames.
+/// 3. On [`Event::Disconnect`] drop the connection or the try; nothing more of it may be handed in.
+/// 4. After every call drain [`Uplink::poll_transmit`] and [`Uplink::poll_event`], then sleep until
+///    [`Uplink::poll_timeout`] and say [`Uplink::handle_timeout`].
 pub struct Uplink {
     credentials: Credentials,
     presence: Vec<u8>,
+    /// Whether the relay of this connection was told the newest presence.
+    presence_told: bool,
     state: State,
     failures: u32,
     heard: Instant,
-    ping_at: Option<Instant>,
-    members: BTreeMap<InstanceId, Member>,
-    /// Members known from the connection before, until the new roster is complete.
-    unconfirmed: BTreeMap<InstanceId, Member>,
-    slots: BTreeMap<Slot, InstanceId>,
+    roster: Roster,
     transmits: VecDeque<Transmit>,
     events: VecDeque<Event>,
 }
@@ -72,8 +90,8 @@ pub struct Uplink {
 enum State {
     Waiting { until: Instant },
     Connecting { deadline: Instant },
-    Joining { deadline: Instant },
-    Joined { since: Instant, roster_complete: bool },
+    Joining { deadline: Instant, answered: bool },
+    Joined { since: Instant, keepalive: Duration, ping_at: Instant, roster_complete: bool },
 }
 
 /// What to send to the relay.
@@ -98,7 +116,7 @@ pub enum Event {
     RosterComplete,
     /// Somebody is in the room who was not known.
     MemberJoined(Member),
-    /// A known instance has another slot.
+    /// A known instance has another slot; or after a rejoin one at all, be it the same number.
     MemberMoved(Member),
     /// A known instance has another presence.
     PresenceChanged(Member),
@@ -137,13 +155,11 @@ impl Uplink {
         Self {
             credentials,
             presence,
+            presence_told: false,
             state: State::Waiting { until: now },
             failures: 0,
             heard: now,
-            ping_at: None,
-            members: BTreeMap::new(),
-            unconfirmed: BTreeMap::new(),
-            slots: BTreeMap::new(),
+            roster: Roster::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -154,24 +170,40 @@ impl Uplink {
         matches!(self.state, State::Joined { roster_complete: true, .. })
     }
 
-    /// The instance behind a slot.
+    /// The instance behind a slot of this connection.
     pub fn instance(&self, slot: Slot) -> Option<InstanceId> {
-        self.slots.get(&slot).copied()
+        self.roster.instance(slot)
+    }
+
+    /// The identity of a known instance, as the relay proved it.
+    pub fn identity(&self, instance: InstanceId) -> Option<PeerId> {
+        self.roster.identity(instance)
+    }
+
+    /// Who is in the room, as far as this connection was told.
+    pub fn members(&self) -> impl Iterator<Item = &Member> {
+        self.roster.members()
     }
 
     /// Takes a new sealed presence, for the room now and for later joins.
     pub fn set_presence(&mut self, sealed: Vec<u8>) {
-        if matches!(self.state, State::Joined { .. }) {
-            self.transmits.push_back(Transmit::Frame(control(&PeerToRelay::Presence(sealed.clone()))));
-        }
         self.presence = sealed;
+        self.presence_told = false;
+        self.tell_presence();
+    }
+
+    fn tell_presence(&mut self) {
+        if matches!(self.state, State::Joined { .. }) && !self.presence_told {
+            self.presence_told = true;
+            self.transmits.push_back(Transmit::Frame(control(&PeerToRelay::Presence(self.presence.clone()))));
+        }
     }
 
     /// The connection stands and was upgraded; the relay speaks first.
     pub fn handle_connected(&mut self, now: Instant) {
         if matches!(self.state, State::Connecting { .. }) {
             self.heard = now;
-            self.state = State::Joining { deadline: now + JOIN_DEADLINE };
+            self.state = State::Joining { deadline: now + JOIN_DEADLINE, answered: false };
         }
     }
 
@@ -194,29 +226,38 @@ impl Uplink {
         self.heard = now;
         match (self.state, word) {
             (State::Waiting { .. } | State::Connecting { .. }, _) => {}
-            (_, RelayToPeer::Closing(reason)) => self.handle_closing(reason, now, rng),
+            (_, RelayToPeer::Closing(reason)) => self.break_off(LostReason::Closed(reason), now, rng),
             (_, RelayToPeer::Drain { jitter_ms }) => self.handle_drain(jitter_ms, now, rng),
-            (State::Joining { .. }, RelayToPeer::Challenge(challenge)) => self.handle_challenge(&challenge, now, rng),
-            (State::Joining { .. }, RelayToPeer::Welcome(welcome)) => self.handle_welcome(welcome, now),
-            (State::Joined { .. }, word) => self.handle_room(word, now, rng),
+            (State::Joining { deadline, answered: false }, RelayToPeer::Challenge(challenge)) => {
+                self.state = State::Joining { deadline, answered: true };
+                self.handle_challenge(&challenge, now, rng);
+            }
+            (State::Joining { answered: true, .. }, RelayToPeer::Welcome(welcome)) => self.handle_welcome(welcome, now),
+            (State::Joined { roster_complete, .. }, word) => self.handle_room(word, roster_complete, now, rng),
             (State::Joining { .. }, _) => self.break_off(LostReason::Misbehaved, now, rng),
         }
     }
 
-    fn handle_room(&mut self, word: RelayToPeer, now: Instant, rng: &mut impl CryptoRng) {
+    fn handle_room(&mut self, word: RelayToPeer, roster_complete: bool, now: Instant, rng: &mut impl CryptoRng) {
         match word {
-            RelayToPeer::Roster { members, last } => {
-                members.into_iter().for_each(|member| self.add(member));
+            RelayToPeer::Roster { members, last } if !roster_complete => {
+                for member in members {
+                    self.add(member, now, rng);
+                }
                 if last {
                     self.complete_roster();
                 }
             }
-            RelayToPeer::Joined(member) => self.add(member),
-            RelayToPeer::Left(slot) => self.remove(slot),
-            RelayToPeer::Presence { slot, sealed } => self.change_presence(slot, sealed),
+            RelayToPeer::Joined(member) => self.add(member, now, rng),
+            RelayToPeer::Left(slot) => self.roster.remove(slot, &mut self.events),
+            RelayToPeer::Presence { sealed, .. } if sealed.len() > MAX_PRESENCE_BYTES => {
+                self.break_off(LostReason::Misbehaved, now, rng);
+            }
+            RelayToPeer::Presence { slot, sealed } => self.roster.change_presence(slot, sealed, &mut self.events),
             // Refusals are for who sent the message: the exchange.
             RelayToPeer::Refused(_) => {}
-            RelayToPeer::Challenge(_)
+            RelayToPeer::Roster { .. }
+            | RelayToPeer::Challenge(_)
             | RelayToPeer::Welcome(_)
             | RelayToPeer::Closing(_)
             | RelayToPeer::Drain { .. } => self.break_off(LostReason::Misbehaved, now, rng),
@@ -225,6 +266,7 @@ impl Uplink {
 
     fn handle_challenge(&mut self, challenge: &Challenge, now: Instant, rng: &mut impl CryptoRng) {
         let Credentials { keys, identity, instance } = &self.credentials;
+        self.presence_told = true;
         match admission::join(challenge, keys, identity, *instance, self.presence.clone()) {
             Ok(join) => self.transmits.push_back(Transmit::Frame(control(&PeerToRelay::Join(join)))),
             Err(_) => self.break_off(LostReason::Misbehaved, now, rng),
@@ -232,75 +274,39 @@ impl Uplink {
     }
 
     fn handle_welcome(&mut self, welcome: Welcome, now: Instant) {
-        self.state = State::Joined { since: now, roster_complete: false };
-        self.ping_at = Some(now + UPLINK_KEEPALIVE);
-        self.unconfirmed.append(&mut self.members);
-        self.slots.clear();
+        // A third, so that two lost pings in a row do not end the connection.
+        let reaped_after = Duration::from_millis(welcome.idle_timeout_ms.into());
+        let keepalive = (reaped_after / 3).clamp(KEEPALIVE_MIN, UPLINK_KEEPALIVE);
+        self.state = State::Joined { since: now, keepalive, ping_at: now + keepalive, roster_complete: false };
         self.events.push_back(Event::Joined(welcome));
-    }
-
-    fn handle_closing(&mut self, reason: ClosingReason, now: Instant, rng: &mut impl CryptoRng) {
-        // Trying again at once would only be refused again.
-        if matches!(reason, ClosingReason::BadProof | ClosingReason::RoomFull | ClosingReason::AddressLimit) {
-            self.failures = self.failures.max(REJOIN_MAX.as_secs().ilog2() + 3);
-        }
-        self.break_off(LostReason::Closed(reason), now, rng);
+        self.tell_presence();
     }
 
     fn handle_drain(&mut self, jitter_ms: u32, now: Instant, rng: &mut impl CryptoRng) {
+        let jitter = Duration::from_millis(jitter_ms.into()).min(REJOIN_MAX);
         self.break_off(LostReason::Drained, now, rng);
-        let pause = random_below(u64::from(jitter_ms) + 1, rng);
-        self.state = State::Waiting { until: now + Duration::from_millis(pause) };
+        // The back-off stays the least: a relay that drains everybody at once, over and over, is not flooded with joins.
+        if let State::Waiting { until } = &mut self.state {
+            *until = (*until).max(now + random_up_to(jitter, rng));
+        }
     }
 
-    fn add(&mut self, member: Member) {
-        if member.instance == self.credentials.instance {
+    fn add(&mut self, member: Member, now: Instant, rng: &mut impl CryptoRng) {
+        if !matches!(self.state, State::Joined { .. }) || member.instance == self.credentials.instance {
             return;
         }
-        self.slots.insert(member.slot, member.instance);
-        let before = self.members.get(&member.instance).cloned();
-        let Some(before) = before.or_else(|| self.unconfirmed.remove(&member.instance)) else {
-            if self.members.len() < MAX_MEMBERS {
-                self.members.insert(member.instance, member.clone());
-                self.events.push_back(Event::MemberJoined(member));
-            }
-            return;
-        };
-        // The same instance under another identity would be a lie of the relay: the sealed presence tells, later on.
-        self.slots.retain(|slot, instance| *instance != member.instance || *slot == member.slot);
-        self.members.insert(member.instance, member.clone());
-        if before.slot != member.slot {
-            self.events.push_back(Event::MemberMoved(member.clone()));
+        if member.presence.len() > MAX_PRESENCE_BYTES {
+            return self.break_off(LostReason::Misbehaved, now, rng);
         }
-        if before.presence != member.presence {
-            self.events.push_back(Event::PresenceChanged(member));
-        }
-    }
-
-    fn remove(&mut self, slot: Slot) {
-        let Some(instance) = self.slots.remove(&slot) else { return };
-        if self.members.get(&instance).is_some_and(|member| member.slot == slot) {
-            self.members
-                .remove(&instance)
-                .into_iter()
-                .for_each(|member| self.events.push_back(Event::MemberLeft(member)));
-        }
-    }
-
-    fn change_presence(&mut self, slot: Slot, sealed: Vec<u8>) {
-        let Some(member) = self.slots.get(&slot).and_then(|instance| self.members.get_mut(instance)) else { return };
-        if member.presence != sealed {
-            member.presence = sealed;
-            self.events.push_back(Event::PresenceChanged(member.clone()));
-        }
+        self.roster.add(member, &mut self.events);
     }
 
     fn complete_roster(&mut self) {
-        let State::Joined { roster_complete, .. } = &mut self.state else { return };
-        *roster_complete = true;
-        let gone = std::mem::take(&mut self.unconfirmed);
-        self.events.extend(gone.into_values().map(Event::MemberLeft));
-        self.events.push_back(Event::RosterComplete);
+        if let State::Joined { roster_complete, .. } = &mut self.state {
+            *roster_complete = true;
+            self.roster.complete(&mut self.events);
+            self.events.push_back(Event::RosterComplete);
+        }
     }
 
     /// Ends a connection that still stands.
@@ -315,10 +321,13 @@ impl Uplink {
         {
             self.failures = 0;
         }
-        self.transmits.clear();
-        self.ping_at = None;
+        if reason.lasts() {
+            self.failures = self.failures.max(FAILURES_TO_FULL_PAUSE);
+        }
         self.state = State::Waiting { until: now + pause(self.failures, rng) };
         self.failures = self.failures.saturating_add(1);
+        self.transmits.clear();
+        self.roster.begin_anew(&mut self.events);
         self.events.push_back(Event::Lost(reason));
     }
 
@@ -326,26 +335,23 @@ impl Uplink {
     pub fn poll_timeout(&self) -> Instant {
         match self.state {
             State::Waiting { until } => until,
-            State::Connecting { deadline } | State::Joining { deadline } => deadline,
-            State::Joined { .. } => {
-                let dead = self.heard + DEAD_AFTER;
-                self.ping_at.map_or(dead, |ping| ping.min(dead))
-            }
+            State::Connecting { deadline } | State::Joining { deadline, .. } => deadline,
+            State::Joined { ping_at, .. } => ping_at.min(self.heard + DEAD_AFTER),
         }
     }
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Instant, rng: &mut impl CryptoRng) {
-        match self.state {
-            State::Waiting { until } if now >= until => {
+        match &mut self.state {
+            State::Waiting { until } if now >= *until => {
                 self.state = State::Connecting { deadline: now + CONNECT_DEADLINE };
                 self.events.push_back(Event::Connect);
             }
-            State::Connecting { deadline } if now >= deadline => self.break_off(LostReason::NoConnection, now, rng),
-            State::Joining { deadline } if now >= deadline => self.break_off(LostReason::Silent, now, rng),
+            State::Connecting { deadline } if now >= *deadline => self.break_off(LostReason::NoConnection, now, rng),
+            State::Joining { deadline, .. } if now >= *deadline => self.break_off(LostReason::Silent, now, rng),
             State::Joined { .. } if now >= self.heard + DEAD_AFTER => self.break_off(LostReason::Silent, now, rng),
-            State::Joined { .. } if self.ping_at.is_some_and(|ping| now >= ping) => {
-                self.ping_at = Some(now + UPLINK_KEEPALIVE);
+            State::Joined { keepalive, ping_at, .. } if now >= *ping_at => {
+                *ping_at = now + *keepalive;
                 self.transmits.push_back(Transmit::Ping);
             }
             State::Waiting { .. } | State::Connecting { .. } | State::Joining { .. } | State::Joined { .. } => {}
@@ -361,11 +367,26 @@ impl Uplink {
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
+}
 
-    /// The identity of a known instance, as the relay proved it.
-    pub fn identity(&self, instance: InstanceId) -> Option<PeerId> {
-        let member = self.members.get(&instance).or_else(|| self.unconfirmed.get(&instance));
-        member.map(|member| member.peer)
+impl LostReason {
+    /// Whether trying again soon would only end the same way.
+    fn lasts(self) -> bool {
+        match self {
+            Self::Closed(reason) => match reason {
+                ClosingReason::BadProof
+                | ClosingReason::RoomFull
+                | ClosingReason::AddressLimit
+                | ClosingReason::RelayFull => true,
+                ClosingReason::JoinTimeout
+                | ClosingReason::Malformed
+                | ClosingReason::OutOfTurn
+                | ClosingReason::Idle
+                | ClosingReason::SlowReader
+                | ClosingReason::ShuttingDown => false,
+            },
+            Self::NoConnection | Self::Broken | Self::Silent | Self::Drained | Self::Misbehaved => false,
+        }
     }
 }
 
@@ -373,10 +394,11 @@ impl Uplink {
 fn pause(failures: u32, rng: &mut impl CryptoRng) -> Duration {
     let whole = REJOIN_MIN.saturating_mul(1_u32.checked_shl(failures).unwrap_or(u32::MAX)).min(REJOIN_MAX);
     let half = whole / 2;
-    half + Duration::from_micros(random_below(u64::try_from(half.as_micros()).unwrap_or(u64::MAX) + 1, rng))
+    half + random_up_to(half, rng)
 }
 
-/// A number below `bound`; the bias of the remainder does not matter for pauses.
-fn random_below(bound: u64, rng: &mut impl CryptoRng) -> u64 {
-    rng.next_u64() % bound.max(1)
+/// The bias of the remainder does not matter for pauses.
+fn random_up_to(longest: Duration, rng: &mut impl CryptoRng) -> Duration {
+    let bound = u64::try_from(longest.as_micros()).unwrap_or(u64::MAX - 1) + 1;
+    Duration::from_micros(rng.next_u64() % bound)
 }

@@ -171,7 +171,8 @@ fn low_order_points() -> Vec<[u8; 32]> {
         "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
         "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
     ]
-    .map(|hex| data_encoding::HEXLOWER.decode(hex.as_bytes()).unwrap().try_into().unwrap());
+    .map(|hex| data_encoding::HEXLOWER.decode(hex.as_bytes()).expect("hex"))
+    .map(|bytes| bytes.try_into().expect("32 bytes"));
     let near = [0xEC, 0xED, 0xEE].map(near_the_prime);
     [small(0), small(1)].into_iter().chain(of_order_8).chain(near).collect()
 }
@@ -179,7 +180,7 @@ fn low_order_points() -> Vec<[u8; 32]> {
 const TOKEN: &str = "correct horse battery staple";
 
 fn keys(room: &str) -> RoomKeys {
-    RoomKeys::derive(&Token::parse(TOKEN).expect("a token"), room)
+    RoomKeys::derive(&Token::parse(TOKEN).expect("not empty"), room)
 }
 
 fn identity() -> (StaticSecret, PeerId) {
