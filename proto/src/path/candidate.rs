@@ -1,0 +1,169 @@
+//! Candidates: which addresses may be checked at all, which of them from here, and how near they are.
+//!
+//! In: the addresses that both sides name. Out: yes or no, and a [`Reach`]. It never resolves or contacts anything.
+//! An IPv4 address written as IPv6 (`::ffff:…`) is read as IPv4, everywhere. An IPv6 link-local address is of no use: it
+//! means nothing without the other machine's own number of the interface.
+//! Bound: [`MAX_CANDIDATES`] a side, from [`crate::limits`]; what is named beyond it is ignored.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+pub use crate::request::link::{Candidate, CandidateKind};
+
+use crate::limits::MAX_CANDIDATES;
+
+/// How far away an address is, nearest first: the first thing that a path is chosen by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reach {
+    /// This machine.
+    Loopback,
+    /// A network that this machine has an interface in.
+    Lan,
+    /// Anywhere else.
+    Wide,
+}
+
+/// The address with IPv4 written as IPv4, and without what only one machine understands.
+pub fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+/// Whether the address can be one host's place to be reached at: no port 0, nobody's, or everybody's address.
+pub fn is_usable(addr: SocketAddr) -> bool {
+    let ip = canonical(addr).ip();
+    let sane = match ip {
+        IpAddr::V4(ip) => !ip.is_broadcast() && ip.octets()[0] != 0 && ip.octets()[0] < 240,
+        IpAddr::V6(ip) => !ip.is_unicast_link_local(),
+    };
+    sane && addr.port() != 0 && !ip.is_unspecified() && !ip.is_multicast()
+}
+
+/// The usable ones of a list, each address once under its best kind; the first [`MAX_CANDIDATES`] of them.
+pub fn admit(candidates: &[Candidate]) -> BTreeMap<SocketAddr, CandidateKind> {
+    let mut admitted = BTreeMap::new();
+    for candidate in candidates.iter().filter(|candidate| is_usable(candidate.addr)) {
+        let addr = canonical(candidate.addr);
+        if admitted.len() >= MAX_CANDIDATES && !admitted.contains_key(&addr) {
+            continue;
+        }
+        let kind = admitted.entry(addr).or_insert(candidate.kind);
+        *kind = candidate.kind.min(*kind);
+    }
+    admitted
+}
+
+/// Our own side: what can be reached from here, and how near it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Local {
+    addrs: BTreeMap<SocketAddr, CandidateKind>,
+    networks: BTreeSet<IpAddr>,
+}
+
+impl Local {
+    /// Our side with these candidates.
+    pub fn new(candidates: &[Candidate]) -> Self {
+        let addrs = admit(candidates);
+        let own = addrs.iter().filter(|(addr, kind)| **kind == CandidateKind::Host && !addr.ip().is_loopback());
+        let networks = own.map(|(addr, _)| network(addr.ip())).collect();
+        Self { addrs, networks }
+    }
+
+    /// Whether a check to this address could arrive: loopback from loopback only, the same family, and not ourselves.
+    pub fn can_reach(&self, remote: SocketAddr) -> bool {
+        let ourselves = self.addrs.get(&remote) == Some(&CandidateKind::Host);
+        let pairs =
+            |own: &SocketAddr| own.is_ipv4() == remote.is_ipv4() && own.ip().is_loopback() == remote.ip().is_loopback();
+        !ourselves && self.addrs.keys().any(pairs)
+    }
+
+    /// How near an address is.
+    pub fn reach(&self, remote: SocketAddr) -> Reach {
+        if remote.ip().is_loopback() {
+            Reach::Loopback
+        } else if self.networks.contains(&network(remote.ip())) {
+            Reach::Lan
+        } else {
+            Reach::Wide
+        }
+    }
+}
+
+/// The network of an address, as nearly as can be told without its prefix: the usual /24 and /64.
+fn network(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(ip) => IpAddr::V4((u32::from(ip) & 0xFFFF_FF00).into()),
+        IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) & !u128::from(u64::MAX)).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(addr: &str) -> Candidate {
+        Candidate { kind: CandidateKind::Host, addr: addr.parse().unwrap() }
+    }
+
+    #[test]
+    fn an_address_of_nobody_or_everybody_is_not_usable() {
+        for addr in [
+            "0.0.0.0:1",
+            "0.1.2.3:1",
+            "224.0.0.1:1",
+            "240.0.0.1:1",
+            "255.255.255.255:1",
+            "192.0.2.1:0",
+            "[::]:1",
+            "[ff02::1]:1",
+            "[fe80::1]:1",
+            "[::ffff:224.0.0.1]:1",
+            "[::ffff:0.0.0.0]:1",
+        ] {
+            assert!(!is_usable(addr.parse().unwrap()), "{addr}");
+        }
+        for addr in ["192.0.2.1:1", "127.0.0.1:9", "169.254.1.1:5", "[::1]:1", "[2001:db8::1]:1", "[fd00::1]:65535"] {
+            assert!(is_usable(addr.parse().unwrap()), "{addr}");
+        }
+    }
+
+    #[test]
+    fn candidates_beyond_the_limit_are_ignored() {
+        let many: Vec<_> = (1..100).map(|at| host(&format!("192.0.2.{at}:7"))).collect();
+        assert_eq!(admit(&many).len(), MAX_CANDIDATES);
+    }
+
+    #[test]
+    fn an_address_named_twice_keeps_its_best_kind() {
+        let reflexive = Candidate { kind: CandidateKind::ServerReflexive, ..host("192.0.2.1:7") };
+        let admitted = admit(&[reflexive, host("[::ffff:192.0.2.1]:7")]);
+        assert_eq!(admitted.into_iter().collect::<Vec<_>>(), [(host("192.0.2.1:7").addr, CandidateKind::Host)]);
+    }
+
+    #[test]
+    fn loopback_is_reached_from_loopback_alone() {
+        let remote = "127.0.0.1:9".parse().unwrap();
+        assert!(!Local::new(&[host("192.0.2.1:7")]).can_reach(remote));
+        assert!(Local::new(&[host("127.0.0.1:7")]).can_reach(remote));
+        assert!(!Local::new(&[host("127.0.0.1:7")]).can_reach("192.0.2.2:9".parse().unwrap()));
+        assert!(!Local::new(&[host("[::1]:7")]).can_reach(remote));
+    }
+
+    #[test]
+    fn nobody_checks_the_own_address() {
+        let local = Local::new(&[host("192.168.1.4:7")]);
+        assert!(!local.can_reach("192.168.1.4:7".parse().unwrap()));
+        assert!(local.can_reach("192.168.1.4:8".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_neighbour_is_nearer_than_the_rest_of_the_world() {
+        let local = Local::new(&[host("192.168.1.4:7"), host("[2001:db8:1:2::4]:7"), host("127.0.0.1:7")]);
+        assert_eq!(local.reach("127.0.0.1:9".parse().unwrap()), Reach::Loopback);
+        assert_eq!(local.reach("192.168.1.9:9".parse().unwrap()), Reach::Lan);
+        assert_eq!(local.reach("[2001:db8:1:2::9]:9".parse().unwrap()), Reach::Lan);
+        assert_eq!(local.reach("192.168.2.9:9".parse().unwrap()), Reach::Wide);
+        assert!(Reach::Loopback < Reach::Lan && Reach::Lan < Reach::Wide);
+    }
+}

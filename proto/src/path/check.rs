@@ -1,0 +1,255 @@
+//! Connectivity checks: how one is written and recognised, and when a pair is checked.
+//!
+//! In: the key that both sides agreed, the numbers of checks that came, and `now`. Out: datagrams, whether a check is fresh,
+//! and the time of the next check of a pair. It never decides which path is taken.
+//! A check is a STUN binding request with the other side's USERNAME, a rising number and MESSAGE-INTEGRITY-SHA256. Each
+//! direction has a key of its own, so that a reflected check is nobody's; a number counts once, so that a repeated check
+//! is nothing. The request is longer than its answer, so that nobody gains by borrowing our answers.
+//! A pair's plan: idle -> burst (six checks in 0.8 s) -> idle; a trigger adds one check.
+//! Bounds: [`BUDGET`] checks of a pair in [`BUDGET_WINDOW`], `HEARD_WINDOW` numbers remembered.
+
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use zeroize::{Zeroize, ZeroizeOnDrop};
+
+use crate::stun::{Class, Draft, IntegrityKey, Message, TransactionId};
+
+/// When a pair is checked, after the start of a burst. The two sides begin up to a second apart, because the relay brings
+/// candidates to one of them later; the doubling covers that, and the first checks find an open path at once.
+pub const BURST: [Duration; 6] = [
+    Duration::ZERO,
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+    Duration::from_millis(800),
+];
+
+/// Most checks of one pair in [`BUDGET_WINDOW`], for whatever reason; further ones wait. A burst and three answers to the
+/// other side's checks: of 4.4 million attempts 97.6 % of the successes came with the first (arXiv 2510.27500).
+pub const BUDGET: usize = 9;
+
+/// See [`BUDGET`].
+pub const BUDGET_WINDOW: Duration = Duration::from_secs(4);
+
+/// Numbers of checks that are remembered; an older one counts as repeated. A slow path's check may be overtaken by as many
+/// of a fast one's: more than 2 s at full pace.
+const HEARD_WINDOW: u64 = 512;
+
+/// Whose checks these are: the instance with the lower id controls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The lower (`PeerId`, `InstanceId`).
+    Controlling,
+    /// The higher one.
+    Controlled,
+}
+
+/// What both sides of a link authenticate checks with. Used for one [`super::Agent`], since numbers begin at 0 with it.
+/// Debug never prints it.
+#[derive(Clone, Zeroize, ZeroizeOnDrop)]
+pub struct CheckKey([u8; 32]);
+
+impl CheckKey {
+    /// The key that follows from the shares in a link's offer and answer.
+    pub fn agree(offer_share: &[u8; 32], answer_share: &[u8; 32]) -> Self {
+        let mut shares = [0; 64];
+        shares[..32].copy_from_slice(offer_share);
+        shares[32..].copy_from_slice(answer_share);
+        let key = Self(blake3::derive_key("peerfleet v1 connectivity check key", &shares));
+        shares.zeroize();
+        key
+    }
+
+    fn integrity(&self, sender: Role) -> IntegrityKey {
+        IntegrityKey::new(&blake3::derive_key(
+            match sender {
+                Role::Controlling => "peerfleet v1 checks of the controlling side",
+                Role::Controlled => "peerfleet v1 checks of the controlled side",
+            },
+            &self.0,
+        ))
+    }
+
+    fn username(&self, sender: Role) -> [u8; 16] {
+        let name = blake3::derive_key(
+            match sender {
+                Role::Controlling => "peerfleet v1 name of the controlling side's checks",
+                Role::Controlled => "peerfleet v1 name of the controlled side's checks",
+            },
+            &self.0,
+        );
+        let mut text = [0; 16];
+        for (at, symbol) in text.iter_mut().enumerate() {
+            *symbol = b"0123456789abcdef"[usize::from(name[at] & 0xF)];
+        }
+        text
+    }
+}
+
+impl std::fmt::Debug for CheckKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CheckKey(…)")
+    }
+}
+
+/// Writes our checks and answers, and recognises the other side's.
+#[derive(Debug)]
+pub(super) struct Codec {
+    ours: Direction,
+    theirs: Direction,
+    next_number: u64,
+    heard: Heard,
+}
+
+/// What one side signs with, and how it names its requests so that others are told from them without a MAC.
+#[derive(Debug)]
+struct Direction {
+    key: IntegrityKey,
+    username: [u8; 16],
+}
+
+impl Codec {
+    /// The codec of the side that has this role.
+    pub(super) fn new(key: &CheckKey, role: Role) -> Self {
+        let of = |sender| Direction { key: key.integrity(sender), username: key.username(sender) };
+        let (ours, theirs) = match role {
+            Role::Controlling => (of(Role::Controlling), of(Role::Controlled)),
+            Role::Controlled => (of(Role::Controlled), of(Role::Controlling)),
+        };
+        Self { ours, theirs, next_number: 0, heard: Heard::default() }
+    }
+
+    /// The next check.
+    pub(super) fn request(&mut self, transaction: TransactionId) -> Vec<u8> {
+        let number = self.next_number;
+        self.next_number += 1;
+        Draft::new(Class::Request, transaction)
+            .username(&self.ours.username)
+            .check_number(number)
+            .sign(&self.ours.key)
+            .finish()
+    }
+
+    /// The answer to a check that came from `from`.
+    pub(super) fn answer(&self, transaction: TransactionId, from: SocketAddr) -> Vec<u8> {
+        Draft::new(Class::Success, transaction).mapped_address(from).sign(&self.ours.key).finish()
+    }
+
+    /// Whether a request claims to be the other side's: cheap, and proves nothing.
+    pub(super) fn is_addressed(&self, request: &Message<'_>) -> bool {
+        request.username() == Some(&self.theirs.username)
+    }
+
+    /// Whether the other side made this message.
+    pub(super) fn is_authentic(&self, message: &Message<'_>) -> bool {
+        message.is_signed_by(&self.theirs.key)
+    }
+
+    /// Whether an authentic request is one that did not come before. Says so once.
+    pub(super) fn is_fresh(&mut self, request: &Message<'_>) -> bool {
+        request.check_number().is_some_and(|number| self.heard.accept(number))
+    }
+}
+
+/// The numbers of checks that came: the highest, and a bit for each of the [`HEARD_WINDOW`] up to it.
+#[derive(Debug, Default)]
+struct Heard {
+    highest: Option<u64>,
+    bits: [u64; (HEARD_WINDOW / 64) as usize],
+}
+
+impl Heard {
+    fn accept(&mut self, number: u64) -> bool {
+        let next = self.highest.map_or(0, |highest| highest.saturating_add(1));
+        if number >= next {
+            let forgotten = (number - next).min(HEARD_WINDOW);
+            for skipped in number - forgotten..=number {
+                self.clear(skipped);
+            }
+            self.highest = Some(number);
+        } else if next - number > HEARD_WINDOW {
+            return false;
+        }
+        self.mark(number)
+    }
+
+    fn mark(&mut self, number: u64) -> bool {
+        let (word, bit) = Self::place(number);
+        let fresh = self.bits[word] & bit == 0;
+        self.bits[word] |= bit;
+        fresh
+    }
+
+    fn clear(&mut self, number: u64) {
+        let (word, bit) = Self::place(number);
+        self.bits[word] &= !bit;
+    }
+
+    fn place(number: u64) -> (usize, u64) {
+        let at = number % HEARD_WINDOW;
+        ((at / 64) as usize, 1 << (at % 64))
+    }
+}
+
+/// When one pair is checked.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    burst: Option<Burst>,
+    triggered: Option<Instant>,
+    /// Times of the newest checks, oldest first; at most [`BUDGET`].
+    sent: VecDeque<Instant>,
+}
+
+#[derive(Debug)]
+struct Burst {
+    began: Instant,
+    step: usize,
+}
+
+impl Plan {
+    /// Starts a burst, or starts it again.
+    pub(super) fn begin(&mut self, now: Instant) {
+        self.burst = Some(Burst { began: now, step: 0 });
+    }
+
+    /// Starts a burst unless one is going on.
+    pub(super) fn ensure(&mut self, now: Instant) {
+        if self.burst.is_none() {
+            self.begin(now);
+        }
+    }
+
+    /// Adds one check, as soon as the budget allows.
+    pub(super) fn trigger(&mut self, now: Instant) {
+        self.triggered.get_or_insert(now);
+    }
+
+    /// When the next check is to be sent.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let step = self.burst.as_ref().map(|burst| burst.began + BURST[burst.step]);
+        let wanted = [step, self.triggered].into_iter().flatten().min()?;
+        let spent = self.sent.len() == BUDGET;
+        let allowed = self.sent.front().filter(|_| spent).map(|oldest| *oldest + BUDGET_WINDOW);
+        Some(allowed.map_or(wanted, |allowed| wanted.max(allowed)))
+    }
+
+    /// A check was sent. Steps of the burst that it comes too late for count as taken.
+    pub(super) fn sent(&mut self, now: Instant) {
+        if self.sent.len() == BUDGET {
+            self.sent.pop_front();
+        }
+        self.sent.push_back(now);
+        self.triggered = None;
+        if let Some(burst) = &mut self.burst {
+            burst.step = BURST.partition_point(|offset| burst.began + *offset <= now);
+            if burst.step == BURST.len() {
+                self.burst = None;
+            }
+        }
+    }
+}

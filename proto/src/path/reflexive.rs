@@ -1,0 +1,222 @@
+//! Server-reflexive discovery: what our socket's address looks like from outside, as a STUN responder sees it.
+//!
+//! In: responders' addresses, their answers, whether any link needs the address, `now`. Out: binding requests, the addresses
+//! found, the next wake-up. It contacts nobody but the responders it was given, and trusts an answer only from the address
+//! that was asked and with the random id of a request that waits; every request has an id of its own.
+//! Per responder: asking ([`RETRANSMIT`]) -> known (asked again after [`REFRESH`] while a link needs it) or silent (asked again
+//! after [`RETRY_MIN`], doubling to [`RETRY_MAX`]).
+//! Bounds: [`MAX_RESPONDERS`]; requests as in [`super::transaction`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Handled, Ignored, Transmit,
+    candidate::{canonical, is_usable},
+    transaction::{Transactions, Unasked},
+};
+use crate::stun::{Class, Draft, Message};
+
+/// When a request is sent, after the first: RFC 8489 §6.2.1 with its RTO of 500 ms, but five requests in place of seven.
+/// Whoever does not answer within 12 s is better asked afresh, from the mapping that there is then.
+pub const RETRANSMIT: [Duration; 5] = [
+    Duration::ZERO,
+    Duration::from_millis(500),
+    Duration::from_millis(1500),
+    Duration::from_millis(3500),
+    Duration::from_millis(7500),
+];
+
+/// Time between two askings while a link needs the address: below the 30 s after which common NATs forget a mapping.
+pub const REFRESH: Duration = Duration::from_secs(25);
+
+/// First pause after a responder gave no answer.
+pub const RETRY_MIN: Duration = Duration::from_secs(15);
+
+/// Longest pause after a responder gave no answer.
+pub const RETRY_MAX: Duration = Duration::from_secs(300);
+
+/// Most responders; further ones are ignored. A relay has an address of each family, perhaps two.
+pub const MAX_RESPONDERS: usize = 4;
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReflexiveEvent {
+    /// A responder sees us at this address, and did not say so before: [`Reflexive::addresses`] has changed.
+    Found(SocketAddr),
+}
+
+/// Finds our server-reflexive addresses. It asks once when it gets responders, and keeps asking while it is active.
+///
+/// After every call that takes `now` drain [`Reflexive::poll_transmit`] and [`Reflexive::poll_event`], then sleep until
+/// [`Reflexive::poll_timeout`] and call [`Reflexive::handle_timeout`].
+#[derive(Debug)]
+pub struct Reflexive {
+    responders: BTreeMap<SocketAddr, Responder>,
+    active: bool,
+    transactions: Transactions,
+    outbox: VecDeque<Transmit>,
+    events: VecDeque<ReflexiveEvent>,
+    now: Instant,
+}
+
+#[derive(Debug)]
+struct Responder {
+    state: State,
+    seen: Option<SocketAddr>,
+}
+
+#[derive(Debug)]
+enum State {
+    Asking { since: Instant, step: usize, pause: Duration },
+    Known { at: Instant },
+    Silent { until: Instant, pause: Duration },
+}
+
+impl Reflexive {
+    /// No responders. `seed`: 32 random bytes, used here alone.
+    pub fn new(seed: [u8; 32], now: Instant) -> Self {
+        Self {
+            responders: BTreeMap::new(),
+            active: false,
+            transactions: Transactions::new(seed),
+            outbox: VecDeque::new(),
+            events: VecDeque::new(),
+            now,
+        }
+    }
+
+    /// Whom to ask, in place of those before; new ones are asked at once.
+    pub fn set_responders(&mut self, responders: &[SocketAddr], now: Instant) {
+        let usable = responders.iter().filter(|addr| is_usable(**addr)).map(|addr| canonical(*addr));
+        let usable: BTreeSet<_> = usable.take(MAX_RESPONDERS).collect();
+        self.responders.retain(|addr, _| usable.contains(addr));
+        for addr in usable {
+            self.responders.entry(addr).or_insert(Responder { state: State::asking(now, RETRY_MIN), seen: None });
+        }
+        self.drive(now);
+    }
+
+    /// Whether any link needs the address. What is too old to be trusted is asked anew at once.
+    pub fn set_active(&mut self, active: bool, now: Instant) {
+        self.active = active;
+        self.drive(now);
+    }
+
+    /// Forgets what was found and asks anew: an interface changed. After a path was lost it costs nothing either.
+    pub fn restart(&mut self, now: Instant) {
+        for responder in self.responders.values_mut() {
+            *responder = Responder { state: State::asking(now, RETRY_MIN), seen: None };
+        }
+        self.drive(now);
+    }
+
+    /// Takes a datagram whose first byte says STUN; [`Ignored::NotOurs`] if it may be an agent's.
+    pub fn handle_packet(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> Handled {
+        let handled =
+            self.handle_answer(canonical(from), bytes, now).map_or_else(Handled::Ignored, |()| Handled::Answer);
+        self.drive(now);
+        handled
+    }
+
+    /// The addresses found, each once. An address stays until it is known better.
+    pub fn addresses(&self) -> BTreeSet<SocketAddr> {
+        self.responders.values().filter_map(|responder| responder.seen).collect()
+    }
+
+    /// What to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.outbox.pop_front()
+    }
+
+    /// What happened.
+    pub fn poll_event(&mut self) -> Option<ReflexiveEvent> {
+        self.events.pop_front()
+    }
+
+    /// When to call [`Reflexive::handle_timeout`].
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if !self.outbox.is_empty() || !self.events.is_empty() {
+            return Some(self.now);
+        }
+        self.responders.values().filter_map(|responder| responder.state.due(self.active)).min()
+    }
+
+    /// The time is now.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        self.drive(now);
+    }
+
+    fn handle_answer(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> Result<(), Ignored> {
+        let answer = Message::parse(bytes).map_err(Ignored::Malformed)?;
+        if !answer.is_binding() || answer.class() != Class::Success {
+            return Err(Ignored::NotOurs);
+        }
+        self.transactions.find(answer.transaction(), from, now).map_err(|unasked| match unasked {
+            Unasked::Unknown => Ignored::NotOurs,
+            Unasked::WrongSource => Ignored::WrongSource,
+        })?;
+        if answer.unknown_required().is_some() {
+            return Err(Ignored::UnknownAttribute);
+        }
+        let seen = answer.mapped_address().map(canonical).filter(|seen| is_usable(*seen)).ok_or(Ignored::NoAddress)?;
+        self.transactions.end(answer.transaction());
+        if let Some(responder) = self.responders.get_mut(&from) {
+            responder.state = State::Known { at: now };
+            if responder.seen.replace(seen) != Some(seen) {
+                self.events.push_back(ReflexiveEvent::Found(seen));
+            }
+        }
+        Ok(())
+    }
+
+    fn drive(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+        for (addr, responder) in &mut self.responders {
+            if responder.state.due(self.active).is_none_or(|due| due > now) {
+                continue;
+            }
+            if responder.state.advance(now) {
+                let bytes = Draft::new(Class::Request, self.transactions.begin(*addr, now)).finish();
+                self.outbox.push_back(Transmit { to: *addr, bytes });
+            }
+        }
+    }
+}
+
+impl State {
+    fn asking(now: Instant, pause: Duration) -> Self {
+        Self::Asking { since: now, step: 0, pause }
+    }
+
+    fn due(&self, active: bool) -> Option<Instant> {
+        match self {
+            // Behind the last request, its answer is waited for as long again (RFC 8489 §6.2.1: Rm).
+            Self::Asking { since, step, .. } => {
+                Some(*since + RETRANSMIT.get(*step).copied().unwrap_or(RETRANSMIT[RETRANSMIT.len() - 1] * 3 / 2))
+            }
+            Self::Known { at } => active.then(|| *at + REFRESH),
+            Self::Silent { until, .. } => active.then_some(*until),
+        }
+    }
+
+    /// Does what is due; says whether that is to send a request.
+    fn advance(&mut self, now: Instant) -> bool {
+        match self {
+            Self::Asking { step, .. } if *step < RETRANSMIT.len() => {
+                *step += 1;
+                return true;
+            }
+            Self::Asking { pause, .. } => {
+                *self = Self::Silent { until: now + *pause, pause: (*pause * 2).min(RETRY_MAX) };
+                return false;
+            }
+            Self::Known { .. } => *self = Self::Asking { since: now, step: 1, pause: RETRY_MIN },
+            Self::Silent { pause, .. } => *self = Self::Asking { since: now, step: 1, pause: *pause },
+        }
+        true
+    }
+}

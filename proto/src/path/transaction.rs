@@ -1,0 +1,93 @@
+//! Requests that wait for an answer, and the random ids that tie the two together.
+//!
+//! In: a seed, what is sent where, and `now`. Out: ids, and when the request of an answer was sent. It never sends.
+//! Waiting -> answered (from the address that was asked) or given up after [`ANSWER_DEADLINE`].
+//! Bounds: [`MAX_WAITING`] requests; the oldest is given up for one more.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use zeroize::Zeroizing;
+
+use crate::stun::TransactionId;
+
+/// How long an answer is waited for; a later one counts for nothing.
+/// 4 s: above the round trip of any path worth taking, queues included, and the window of the budget of checks.
+pub const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
+
+/// Most requests that wait at one time. 40 pairs of 9 checks in [`ANSWER_DEADLINE`] are 360.
+pub const MAX_WAITING: usize = 512;
+
+/// The requests of one machine that wait for an answer.
+#[derive(Debug)]
+pub(super) struct Transactions {
+    seed: Zeroizing<[u8; 32]>,
+    drawn: u64,
+    waiting: BTreeMap<TransactionId, Waiting>,
+    /// Oldest first; answered ones are still in it.
+    order: VecDeque<(Instant, TransactionId)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    asked: SocketAddr,
+    at: Instant,
+}
+
+/// Why an answer counts for nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unasked {
+    /// Nothing with its id waits.
+    Unknown,
+    /// Somebody else was asked.
+    WrongSource,
+}
+
+impl Transactions {
+    /// No requests; their ids will be drawn from `seed`, which must be random and used here alone.
+    pub(super) fn new(seed: [u8; 32]) -> Self {
+        Self { seed: Zeroizing::new(seed), drawn: 0, waiting: BTreeMap::new(), order: VecDeque::new() }
+    }
+
+    /// The id of a request that is sent to `asked` now.
+    pub(super) fn begin(&mut self, asked: SocketAddr, now: Instant) -> TransactionId {
+        self.expire(now);
+        if self.order.len() >= MAX_WAITING {
+            self.give_up_oldest();
+        }
+        let hash = blake3::keyed_hash(&self.seed, &self.drawn.to_be_bytes());
+        self.drawn += 1;
+        let mut id = TransactionId([0; 12]);
+        id.0.copy_from_slice(&hash.as_bytes()[..12]);
+        self.waiting.insert(id, Waiting { asked, at: now });
+        self.order.push_back((now, id));
+        id
+    }
+
+    /// When the request was sent that this answer belongs to; it goes on waiting.
+    pub(super) fn find(&mut self, id: TransactionId, from: SocketAddr, now: Instant) -> Result<Instant, Unasked> {
+        self.expire(now);
+        let waiting = self.waiting.get(&id).ok_or(Unasked::Unknown)?;
+        if waiting.asked == from { Ok(waiting.at) } else { Err(Unasked::WrongSource) }
+    }
+
+    /// The request is answered.
+    pub(super) fn end(&mut self, id: TransactionId) {
+        self.waiting.remove(&id);
+    }
+
+    fn expire(&mut self, now: Instant) {
+        while self.order.front().is_some_and(|(at, _)| *at + ANSWER_DEADLINE <= now) {
+            self.give_up_oldest();
+        }
+    }
+
+    fn give_up_oldest(&mut self) {
+        if let Some((_, id)) = self.order.pop_front() {
+            self.waiting.remove(&id);
+        }
+    }
+}
