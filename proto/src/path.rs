@@ -199,8 +199,8 @@ impl Agent {
     }
 
     /// Our own candidates, in place of those before. If they differ, everything is checked anew.
-    pub fn set_local(&mut self, candidates: &[Candidate], now: Instant) {
-        let local = Local::new(candidates);
+    pub fn set_local(&mut self, candidates: Vec<Candidate>, now: Instant) {
+        let local = Local::new(&candidates);
         if local != self.local {
             self.local = local;
             self.rebuild_pairs(now);
@@ -210,8 +210,8 @@ impl Agent {
 
     /// The other side's candidates, in place of those before. New ones are checked at once, and while there is no direct
     /// path the others too.
-    pub fn set_remote(&mut self, candidates: &[Candidate], now: Instant) {
-        let remote = candidate::admit(candidates);
+    pub fn set_remote(&mut self, candidates: Vec<Candidate>, now: Instant) {
+        let remote = candidate::admit(&candidates);
         if remote == self.remote {
             return;
         }
