@@ -108,6 +108,8 @@ pub enum RangeReply {
     Sha256([u8; 32]),
     /// The source cannot go on: the file changed, or could not be read.
     Failed(Failure),
+    /// The source still reads the file for its hash: this many bytes so far. A sign of life, sent every few seconds.
+    Hashing(u64),
 }
 
 /// What the receiver tells the caller who watches, each behind a u32 length.

@@ -135,7 +135,7 @@ fn an_unknown_host_brings_names_spelled_like_it() {
 
 #[test]
 fn a_name_or_prefix_of_several_hosts_is_ambiguous_and_a_name_goes_before_an_id() {
-    let mut fleet = vec![host(9, "twin", &[], "linux", "x86_64"), host(8, "twin", &[], "linux", "x86_64")];
+    let mut fleet = [host(9, "twin", &[], "linux", "x86_64"), host(8, "twin", &[], "linux", "x86_64")];
     let facts: Vec<_> = fleet.iter().map(Host::facts).collect();
     assert_eq!(resolve_host("twin", &facts), Err(HostFault::Ambiguous(vec![0, 1])));
 
