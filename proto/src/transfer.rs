@@ -259,9 +259,9 @@ impl Receiver {
         }
     }
 
-    /// Closes every lane, to be opened again: the path is not the one that was wished for.
-    pub fn close_all(&mut self, now: Instant) {
-        let lanes: Vec<LaneId> = self.lanes.keys().copied().collect();
+    /// Closes every open lane, to be opened again: the path is not the one that was wished for.
+    pub fn close_open(&mut self, now: Instant) {
+        let lanes: Vec<LaneId> = self.lanes.iter().filter(|(_, lane)| lane.open).map(|(id, _)| *id).collect();
         for lane in lanes {
             self.close(lane, now);
         }
