@@ -1,0 +1,116 @@
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use super::*;
+
+struct Machine {
+    folder: tempfile::TempDir,
+    variables: Vec<(&'static str, String)>,
+}
+
+impl Machine {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap(), variables: Vec::new() }
+    }
+
+    fn with(mut self, name: &'static str, value: &str) -> Self {
+        self.variables.push((name, value.to_owned()));
+        self
+    }
+
+    fn with_file(self, text: &str) -> Self {
+        let path = self.folder.path().join(".config/peerfleet/config.toml");
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        self
+    }
+
+    fn resolve(&self, flags: &Layer) -> Result<Config> {
+        let env = Env::from_source(|name| match name {
+            env::HOME => Some(self.folder.path().into()),
+            _ => self.variables.iter().find(|(variable, _)| *variable == name).map(|(_, value)| value.into()),
+        });
+        Config::resolve(flags, None, &env)
+    }
+}
+
+#[test]
+fn without_a_word_nothing_but_this_machine_is_contacted_and_others_may_only_look() {
+    let config = Machine::new().resolve(&Layer::default()).unwrap();
+    assert_eq!(config.relay, by_default(DEFAULT_RELAY.parse().unwrap()));
+    assert_eq!(config.mode, by_default(Mode::Plan));
+    assert_eq!(config.token_text(), Ok(None));
+}
+
+#[test]
+fn flag_goes_before_environment_before_file() {
+    let machine = Machine::new().with_file("room = 'file'\nrelay = 'ws://file'\nname = 'file'\n");
+    let machine = machine.with(env::ROOM, "environment").with(env::RELAY, "ws://environment");
+    let config = machine.resolve(&Layer { room: "flag".parse().ok(), ..Layer::default() }).unwrap();
+    assert_eq!((config.room.value.as_str(), config.room.origin), ("flag", Origin::Flag("--room")));
+    assert_eq!(
+        (config.relay.value.as_str(), config.relay.origin),
+        ("ws://environment", Origin::Environment(env::RELAY))
+    );
+    assert_eq!(config.name.value.as_str(), "file");
+    assert!(matches!(config.name.origin, Origin::File(_)));
+}
+
+#[test]
+fn the_word_of_peer_mode_stands_between_environment_and_file() {
+    let machine = Machine::new().with_file("mode = 'edit'");
+    let config = machine.resolve(&Layer::default()).unwrap();
+    assert_eq!(config.mode.value, Mode::Edit);
+    config.state.write(MODE_FILE, "bypass\n").unwrap();
+    let stored = machine.resolve(&Layer::default()).unwrap().mode;
+    assert_eq!(stored, Sourced { value: Mode::Bypass, origin: Origin::ModeCommand });
+    let machine = machine.with(env::MODE, "disabled");
+    assert_eq!(machine.resolve(&Layer::default()).unwrap().mode.value, Mode::Disabled);
+}
+
+#[test]
+fn a_broken_mode_file_is_an_error_and_no_default() {
+    let machine = Machine::new();
+    machine.resolve(&Layer::default()).unwrap().state.write(MODE_FILE, "bypas").unwrap();
+    assert!(machine.resolve(&Layer::default()).is_err());
+}
+
+#[test]
+fn a_broken_file_is_an_error_with_line_and_column() {
+    for (text, at, why) in [
+        ("room = 'x'\nrelay = \n", ":2:9", "value"),
+        ("room = 'x'\n\n  colour = 'red'\n", ":3:3", "unknown field `colour`"),
+        ("mode = 'all'\n", ":1:8", "not a mode"),
+        ("tags = ['a', 'b c']\n", ":1:8", "a tag"),
+    ] {
+        let failure = Machine::new().with_file(text).resolve(&Layer::default()).unwrap_err();
+        assert!(failure.what.ends_with(at), "{text:?}: {failure:?}");
+        assert!(failure.cause.as_deref().is_some_and(|cause| cause.contains(why)), "{text:?}: {failure:?}");
+    }
+}
+
+#[test]
+fn a_failure_never_repeats_the_token() {
+    let machine = Machine::new().with_file("token = 'hunter2hunter2\nroom = 'x'\n");
+    let failure = machine.resolve(&Layer::default()).unwrap_err();
+    assert!(!format!("{failure:?}").contains("hunter2"), "{failure:?}");
+}
+
+#[test]
+fn a_token_in_a_file_that_everybody_may_read_is_refused() {
+    let machine = Machine::new().with_file("token = 'x'\n");
+    let path = machine.folder.path().join(".config/peerfleet/config.toml");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+    assert!(machine.resolve(&Layer::default()).unwrap_err().hint.unwrap().contains("chmod 600"));
+}
+
+#[test]
+fn two_tokens_of_one_source_are_refused_and_of_two_sources_the_weightier_wins() {
+    let file = Machine::new().with(env::TOKEN, "from-variable");
+    let path = file.folder.path().join("token");
+    fs::write(&path, "from-file\nsecond line\n").unwrap();
+    let flags = Layer { token_file: Some(path.clone()), ..Layer::default() };
+    assert_eq!(file.resolve(&flags).unwrap().token_text().unwrap().unwrap().expose(), "from-file");
+    let both = file.with(env::TOKEN_FILE, path.to_str().unwrap());
+    assert_eq!(both.resolve(&Layer::default()).unwrap_err().exit_code(), 2);
+}

@@ -1,0 +1,204 @@
+//! Values that a person sets, checked where they enter.
+
+use std::{fmt, str::FromStr};
+
+use peerfleet_proto::limits::{MAX_NAME_BYTES, MAX_TAG_BYTES};
+use zeroize::Zeroizing;
+
+/// A token as somebody typed it. `Debug` never prints it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct TokenText(Zeroizing<String>);
+
+impl TokenText {
+    /// The token.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for TokenText {
+    fn from(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+}
+
+impl fmt::Debug for TokenText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TokenText(…)")
+    }
+}
+
+/// Where the relay is: `ws://` or `wss://`, a host, maybe a port and a path. It holds no secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayUrl(String);
+
+/// A text is no [`RelayUrl`]. The text is not repeated: people put secrets into URLs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidRelayUrl {
+    /// Another scheme, or none.
+    #[error("a relay's URL begins with ws:// or wss://, as in ws://192.168.1.5:8080")]
+    Scheme,
+    /// There is no host.
+    #[error("a relay's URL names a host, as in ws://192.168.1.5:8080")]
+    NoHost,
+    /// User or password.
+    #[error("a relay's URL holds no user or password: the token is all that is needed, and never goes into a URL")]
+    UserInfo,
+    /// `?` or `#`.
+    #[error("a relay's URL ends with its path: no `?` or `#`")]
+    Query,
+    /// A character that no URL has.
+    #[error("a relay's URL has no spaces or control characters")]
+    Character,
+    /// The port is not a number.
+    #[error("the port in a relay's URL is a number from 1 to 65535")]
+    Port,
+}
+
+impl RelayUrl {
+    /// The URL as it was written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for RelayUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for RelayUrl {
+    type Err = InvalidRelayUrl;
+
+    fn from_str(text: &str) -> Result<Self, InvalidRelayUrl> {
+        let rest = text.strip_prefix("ws://").or_else(|| text.strip_prefix("wss://")).ok_or(InvalidRelayUrl::Scheme)?;
+        if rest.chars().any(|char| char.is_whitespace() || char.is_control()) {
+            return Err(InvalidRelayUrl::Character);
+        }
+        if rest.contains(['?', '#']) {
+            return Err(InvalidRelayUrl::Query);
+        }
+        let authority = rest.split('/').next().unwrap_or_default();
+        if authority.contains('@') {
+            return Err(InvalidRelayUrl::UserInfo);
+        }
+        let (host, port) = match authority.rsplit_once(':') {
+            Some((host, port)) if !port.contains(']') => (host, Some(port)),
+            Some(_) | None => (authority, None),
+        };
+        if host.is_empty() {
+            return Err(InvalidRelayUrl::NoHost);
+        }
+        match port.map(str::parse::<u16>) {
+            None | Some(Ok(1..)) => Ok(Self(text.trim_end_matches('/').to_owned())),
+            Some(Ok(0) | Err(_)) => Err(InvalidRelayUrl::Port),
+        }
+    }
+}
+
+macro_rules! word {
+    ($(#[$doc:meta])* $name:ident, $fault:ident, $what:literal, $longest:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+        pub struct $name(String);
+
+        #[doc = concat!("A text is not ", $what, ".")]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+        #[error("{what} has 1 to {longest} of a-z, A-Z, 0-9, `.`, `_`, `-`, the first neither `.` nor `-`", what = $what, longest = $longest)]
+        pub struct $fault;
+
+        impl $name {
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = $fault;
+
+            fn from_str(text: &str) -> Result<Self, $fault> {
+                if is_word(text, $longest) { Ok(Self(text.to_owned())) } else { Err($fault) }
+            }
+        }
+    };
+}
+
+word! {
+    /// What a room is called. With the token it makes the room's keys.
+    RoomName, InvalidRoomName, "a room's name", MAX_NAME_BYTES
+}
+
+word! {
+    /// What a machine is called in the room.
+    HostName, InvalidHostName, "a machine's name", MAX_NAME_BYTES
+}
+
+word! {
+    /// A word by which machines are chosen.
+    Tag, InvalidTag, "a tag", MAX_TAG_BYTES
+}
+
+impl HostName {
+    /// The name that a host name of the operating system leads to: its first label, other characters replaced.
+    pub fn from_system(nodename: &str) -> Self {
+        let label = nodename.split('.').next().unwrap_or_default();
+        let replaced: String = label
+            .chars()
+            .map(|char| if char.is_ascii_alphanumeric() || char == '_' { char } else { '-' })
+            .skip_while(|char| *char == '-')
+            .take(MAX_NAME_BYTES)
+            .collect();
+        replaced.parse().unwrap_or_else(|InvalidHostName| Self("peer".to_owned()))
+    }
+}
+
+fn is_word(text: &str, longest: usize) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    !text.is_empty() && text.len() <= longest && !text.starts_with(['-', '.']) && text.bytes().all(allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_url_needs_scheme_and_host_and_holds_no_secret() {
+        let fault = |text: &str| text.parse::<RelayUrl>().unwrap_err();
+        assert_eq!(fault("http://h"), InvalidRelayUrl::Scheme);
+        assert_eq!(fault("ws://:80"), InvalidRelayUrl::NoHost);
+        assert_eq!(fault("ws://me:pw@h"), InvalidRelayUrl::UserInfo);
+        assert_eq!(fault("ws://h?token=1"), InvalidRelayUrl::Query);
+        assert_eq!(fault("ws://h:0"), InvalidRelayUrl::Port);
+        assert_eq!(fault("ws://h:http"), InvalidRelayUrl::Port);
+        assert_eq!("ws://h:8080/".parse::<RelayUrl>().unwrap().as_str(), "ws://h:8080");
+        assert!("wss://[::1]".parse::<RelayUrl>().is_ok());
+        assert!("wss://[::1]:443/under/here".parse::<RelayUrl>().is_ok());
+    }
+
+    #[test]
+    fn a_host_name_of_the_system_always_leads_to_a_name() {
+        let names = ["web-1.example.net", "--größe", "", "漢"].map(|name| HostName::from_system(name).to_string());
+        assert_eq!(names, ["web-1", "gr--e", "peer", "peer"]);
+    }
+
+    #[test]
+    fn a_name_has_neither_space_nor_leading_dash() {
+        assert!("-a".parse::<HostName>().is_err());
+        assert!("a b".parse::<RoomName>().is_err());
+        assert!("".parse::<Tag>().is_err());
+        assert!("a".repeat(64).parse::<HostName>().is_err());
+    }
+
+    #[test]
+    fn a_token_is_not_printed() {
+        assert_eq!(format!("{:?}", TokenText::from("secret".to_owned())), "TokenText(…)");
+    }
+}
