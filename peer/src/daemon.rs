@@ -1,1 +1,85 @@
-//! (being written)
+//! What `peer run` keeps going: this machine in its room, and the local door.
+//!
+//! In: a configuration with a token. Out: a machine that others see, until Ctrl-C or SIGTERM.
+//! It never runs twice on one state folder, and never ends because the relay is away.
+//! Starting -> running -> leaving (bounded by [`LEAVE_DEADLINE`]).
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    config::Config,
+    env::Env,
+    failure::{Failure, Result},
+    machine::{self, Machine, Role},
+    state::DaemonLock,
+};
+
+pub mod call;
+pub mod door;
+
+/// Time to tell the room good-bye; a relay that does not answer must not keep a machine from shutting down.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// A daemon that runs.
+pub struct Daemon {
+    machine: Arc<Machine>,
+    door: door::Door,
+    _lock: DaemonLock,
+}
+
+impl Daemon {
+    /// Takes the state folder's lock, joins the room and opens the door.
+    ///
+    /// # Errors
+    /// If another daemon has the state folder, there is no usable token, or something cannot be opened.
+    pub async fn start(config: &Config, token: peerfleet_proto::token::Token, env: &Env) -> Result<Self> {
+        let Some(lock) = config.state.lock()? else {
+            return Err(Failure::fixable("a peer already runs on this state folder")
+                .cause(format!("{} is in use", config.state.path().display()))
+                .hint("`peer status` shows it; for a second one on this machine give --state-dir"));
+        };
+        let machine = machine::start(config, token, Role::Host).await?;
+        let door = door::Door::bind(&config.state, env)?;
+        Ok(Self { machine, door, _lock: lock })
+    }
+
+    /// The machine that it keeps going.
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    /// Runs until it is told to stop, then leaves the room.
+    ///
+    /// # Errors
+    /// If signals cannot be heard.
+    pub async fn run(self) -> Result<()> {
+        let stopped = stop_signal()?;
+        tokio::select! {
+            () = self.door.serve(Arc::clone(&self.machine)) => {}
+            name = stopped => tracing::info!(signal = name, "leaving the room"),
+        }
+        if tokio::time::timeout(LEAVE_DEADLINE, self.machine.shutdown()).await.is_err() {
+            tracing::warn!("left the room without a good-bye: the relay does not answer");
+        }
+        Ok(())
+    }
+}
+
+/// The future of being told to stop; listens from the moment it is made. SIGHUP keeps its meaning: a peer that was
+/// started with `nohup` outlives its terminal, any other ends with it.
+///
+/// # Errors
+/// If the operating system gives no signals.
+fn stop_signal() -> Result<impl Future<Output = &'static str>> {
+    let listen =
+        |kind| signal(kind).map_err(|error| Failure::bug("the operating system gives no signals").cause(error));
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => "SIGINT",
+            _ = terminate.recv() => "SIGTERM",
+        }
+    })
+}

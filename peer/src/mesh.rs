@@ -10,6 +10,7 @@ use peerfleet_proto::{
     presence::{Mode, Presence},
     request::{Outcome, Request, link::Route, transfer::PathNow},
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
 pub mod stream;
@@ -20,7 +21,7 @@ pub use stream::Stream;
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Who asks, as proved by the sealed session or the link's pinned key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Caller {
     /// The identity.
     pub peer: PeerId,
@@ -38,7 +39,7 @@ pub trait Serve: Send + Sync + 'static {
 }
 
 /// How the connection to the relay stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum UplinkState {
     /// Not in the room; it is being tried.
     Joining,
@@ -69,7 +70,7 @@ pub struct Roster {
 }
 
 /// Why asking led to no outcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum AskFault {
     /// The other side never took the request.
     #[error("it cannot be reached")]
@@ -89,7 +90,7 @@ pub enum AskFault {
 }
 
 /// Why no stream could be opened.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum OpenFault {
     /// The link could not be agreed or made.
     #[error("no link to it: {0}")]
@@ -100,8 +101,10 @@ pub enum OpenFault {
 }
 
 /// How asking one of many stands.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AskProgress {
+    /// It is on its way under this id; always comes first. A job that it starts has the same id.
+    Asked(RequestId),
     /// The other side has the request.
     Accepted,
     /// It ended.
@@ -109,7 +112,7 @@ pub enum AskProgress {
 }
 
 /// How a link's packets travel and have travelled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PathView {
     /// The path now, if there is a link.
     pub now: Option<PathNow>,
@@ -122,7 +125,7 @@ pub struct PathView {
 }
 
 /// The mesh stopped, or was never joined in time.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{0}")]
 pub struct NotJoined(pub String);
 

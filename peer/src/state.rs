@@ -45,28 +45,7 @@ impl StateDir {
     /// # Errors
     /// If it cannot be made, belongs to somebody else, or others can look inside.
     pub fn open(path: &Path) -> Result<Self> {
-        let named = || format!("cannot use state folder {}", shown(path));
-        let failed = |error: io::Error| {
-            Failure::fixable(named()).cause(error).hint("choose another one with --state-dir or PEER_STATE_DIR")
-        };
-        let absolute = std::path::absolute(path).map_err(failed)?;
-        DirBuilder::new().recursive(true).mode(0o700).create(&absolute).map_err(failed)?;
-        let path = absolute.canonicalize().map_err(failed)?;
-        let meta = fs::metadata(&path).map_err(failed)?;
-        if meta.uid() != rustix::process::geteuid().as_raw() {
-            return Err(Failure::fixable(named())
-                .cause(format!("it belongs to uid {}, not to you", meta.uid()))
-                .hint("run peer as that user, or choose another folder with --state-dir"));
-        }
-        if meta.mode() & 0o077 != 0 {
-            return Err(Failure::fixable(named())
-                .cause(format!("others can look inside (its mode is {:03o})", meta.mode() & 0o777))
-                .hint(format!(
-                    "run `chmod 700 {}` if nothing else uses it, or choose another one with --state-dir",
-                    shown(&path)
-                )));
-        }
-        Ok(Self { path })
+        private_folder(path, "choose another one with --state-dir or PEER_STATE_DIR").map(|path| Self { path })
     }
 
     /// Where it is.
@@ -199,6 +178,31 @@ impl StateDir {
         }
         Ok(fresh)
     }
+}
+
+/// Makes the folder where it is missing, and sees to it that its owner alone can look inside.
+///
+/// # Errors
+/// If it cannot be made, belongs to somebody else, or others can look inside; `way_out` is what to do then.
+pub fn private_folder(path: &Path, way_out: &str) -> Result<PathBuf> {
+    let named = || format!("cannot use folder {}", shown(path));
+    let failed = |error: io::Error| Failure::fixable(named()).cause(error).hint(way_out);
+    let absolute = std::path::absolute(path).map_err(failed)?;
+    DirBuilder::new().recursive(true).mode(0o700).create(&absolute).map_err(failed)?;
+    let path = absolute.canonicalize().map_err(failed)?;
+    let meta = fs::metadata(&path).map_err(failed)?;
+    let me = rustix::process::geteuid();
+    if meta.uid() != me.as_raw() && !me.is_root() {
+        return Err(Failure::fixable(named())
+            .cause(format!("it belongs to uid {}, not to you", meta.uid()))
+            .hint(format!("run peer as that user, or {way_out}")));
+    }
+    if meta.mode() & 0o077 != 0 {
+        return Err(Failure::fixable(named())
+            .cause(format!("others can look inside (its mode is {:03o})", meta.mode() & 0o777))
+            .hint(format!("run `chmod 700 {}` if nothing else uses it, or {way_out}", shown(&path))));
+    }
+    Ok(path)
 }
 
 /// Reads a text file of at most [`MAX_SMALL_FILE_BYTES`].

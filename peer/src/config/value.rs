@@ -2,7 +2,10 @@
 
 use std::{fmt, str::FromStr};
 
-use peerfleet_proto::limits::{MAX_NAME_BYTES, MAX_TAG_BYTES};
+use peerfleet_proto::{
+    limits::{MAX_NAME_BYTES, MAX_TAG_BYTES},
+    presence::{valid_name, valid_tag},
+};
 use zeroize::Zeroizing;
 
 /// A token as somebody typed it. `Debug` never prints it.
@@ -98,7 +101,7 @@ impl FromStr for RelayUrl {
 }
 
 macro_rules! word {
-    ($(#[$doc:meta])* $name:ident, $fault:ident, $what:literal, $longest:expr) => {
+    ($(#[$doc:meta])* $name:ident, $fault:ident, $what:literal, $longest:expr, $valid:path) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
         pub struct $name(String);
@@ -125,7 +128,7 @@ macro_rules! word {
             type Err = $fault;
 
             fn from_str(text: &str) -> Result<Self, $fault> {
-                if is_word(text, $longest) { Ok(Self(text.to_owned())) } else { Err($fault) }
+                if $valid(text) { Ok(Self(text.to_owned())) } else { Err($fault) }
             }
         }
     };
@@ -133,17 +136,17 @@ macro_rules! word {
 
 word! {
     /// What a room is called. With the token it makes the room's keys.
-    RoomName, InvalidRoomName, "a room's name", MAX_NAME_BYTES
+    RoomName, InvalidRoomName, "a room's name", MAX_NAME_BYTES, valid_name
 }
 
 word! {
     /// What a machine is called in the room.
-    HostName, InvalidHostName, "a machine's name", MAX_NAME_BYTES
+    HostName, InvalidHostName, "a machine's name", MAX_NAME_BYTES, valid_name
 }
 
 word! {
     /// A word by which machines are chosen.
-    Tag, InvalidTag, "a tag", MAX_TAG_BYTES
+    Tag, InvalidTag, "a tag", MAX_TAG_BYTES, valid_tag
 }
 
 impl HostName {
@@ -158,11 +161,6 @@ impl HostName {
             .collect();
         replaced.parse().unwrap_or_else(|InvalidHostName| Self("peer".to_owned()))
     }
-}
-
-fn is_word(text: &str, longest: usize) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
-    !text.is_empty() && text.len() <= longest && !text.starts_with(['-', '.']) && text.bytes().all(allowed)
 }
 
 #[cfg(test)]
