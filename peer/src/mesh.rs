@@ -13,7 +13,13 @@ use peerfleet_proto::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
+mod congestion;
+mod link;
+mod queue;
+mod routes;
+mod socket;
 pub mod stream;
+mod tls;
 
 pub use stream::Stream;
 

@@ -1,0 +1,173 @@
+//! Congestion control of a link that changes its path: what was learnt of one path says nothing of the next.
+//!
+//! In: what QUIC sends and hears acknowledged, and the count of path changes. Out: the window. Beneath is CUBIC, made
+//! anew with each path.
+//! Never takes a loss on the path before for congestion of the path now, and never waits for the old path's packets to
+//! be given up before it uses the new one: what was in flight there is allowed on top of the new window.
+//! Old path -> new path with an allowance -> new path alone (the old packets were acknowledged or lost).
+
+use std::{
+    any::Any,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
+use quinn_proto::RttEstimator;
+
+/// Round trips after which nothing of the old path can be in flight any more.
+const ALLOWANCE_ROUND_TRIPS: u32 = 4;
+
+/// Makes the controllers of one link.
+#[derive(Debug)]
+pub(super) struct PathAwareFactory {
+    path_changes: Arc<AtomicU64>,
+    cubic: Arc<CubicConfig>,
+}
+
+impl PathAwareFactory {
+    /// For the link whose changes of path are counted there.
+    pub(super) fn new(path_changes: Arc<AtomicU64>) -> Self {
+        Self { path_changes, cubic: Arc::default() }
+    }
+}
+
+impl ControllerFactory for PathAwareFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(PathAware {
+            seen: self.path_changes.load(Ordering::Relaxed),
+            inner: Arc::clone(&self.cubic).build(now, current_mtu),
+            factory: self,
+            mtu: current_mtu,
+            since: now,
+            allowance: 0,
+        })
+    }
+}
+
+struct PathAware {
+    factory: Arc<PathAwareFactory>,
+    inner: Box<dyn Controller>,
+    mtu: u16,
+    /// The count of changes that `inner` was made at.
+    seen: u64,
+    /// When `inner` was made.
+    since: Instant,
+    /// Bytes that may still be in flight on the path before.
+    allowance: u64,
+}
+
+impl PathAware {
+    fn follow_path(&mut self, now: Instant) {
+        let changes = self.factory.path_changes.load(Ordering::Relaxed);
+        if changes == self.seen {
+            return;
+        }
+        self.allowance = self.inner.window();
+        self.inner = Arc::clone(&self.factory.cubic).build(now, self.mtu);
+        self.seen = changes;
+        self.since = now;
+    }
+}
+
+impl Controller for PathAware {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        self.follow_path(now);
+        self.inner.on_sent(now, bytes, last_packet_number);
+    }
+
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        self.follow_path(now);
+        if sent < self.since {
+            self.allowance = self.allowance.saturating_sub(bytes);
+            return;
+        }
+        if now.saturating_duration_since(self.since) > rtt.get() * ALLOWANCE_ROUND_TRIPS {
+            self.allowance = 0;
+        }
+        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest_packet_num_acked: Option<u64>) {
+        self.inner.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
+        self.follow_path(now);
+        if sent < self.since {
+            self.allowance = self.allowance.saturating_sub(lost_bytes);
+            return;
+        }
+        self.inner.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.mtu = new_mtu;
+        self.inner.on_mtu_update(new_mtu);
+    }
+
+    fn window(&self) -> u64 {
+        if self.factory.path_changes.load(Ordering::Relaxed) == self.seen {
+            return self.inner.window().saturating_add(self.allowance);
+        }
+        self.inner.window().saturating_add(self.inner.initial_window())
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self { factory: Arc::clone(&self.factory), inner: self.inner.clone_box(), ..*self })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.inner.initial_window()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn controller() -> (Arc<AtomicU64>, Box<dyn Controller>, Instant) {
+        let changes: Arc<AtomicU64> = Arc::default();
+        let now = Instant::now();
+        let factory = Arc::new(PathAwareFactory::new(Arc::clone(&changes)));
+        (changes, factory.build(now, 1200), now)
+    }
+
+    #[test]
+    fn a_new_path_may_be_used_although_the_old_one_is_full() {
+        let (changes, controller, _) = controller();
+        let full = controller.window();
+        changes.fetch_add(1, Ordering::Relaxed);
+        assert!(controller.window() >= full + controller.initial_window());
+    }
+
+    #[test]
+    fn loss_on_the_old_path_does_not_shrink_the_window_of_the_new_one() {
+        let (changes, mut controller, start) = controller();
+        changes.fetch_add(1, Ordering::Relaxed);
+        let later = start + Duration::from_millis(10);
+        controller.on_sent(later, 1200, 1);
+        controller.on_congestion_event(later, start, true, u64::from(u32::MAX));
+        assert_eq!(controller.window(), controller.initial_window());
+    }
+
+    #[test]
+    fn loss_on_the_new_path_shrinks_its_window() {
+        let (changes, mut controller, start) = controller();
+        changes.fetch_add(1, Ordering::Relaxed);
+        let later = start + Duration::from_millis(10);
+        controller.on_sent(later, 1200, 1);
+        controller.on_congestion_event(later + Duration::from_millis(20), later, false, 1200);
+        controller.on_congestion_event(later + Duration::from_millis(20), start, false, u64::from(u32::MAX));
+        assert!(controller.window() < controller.initial_window());
+    }
+}

@@ -1,0 +1,276 @@
+//! Two processes' links in one, over two relay queues and loopback UDP.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use peerfleet_proto::{
+    id::{InstanceId, Slot},
+    request::link::Route,
+    wire::relay::{Datagram, RelayFrame},
+};
+use tokio::task::JoinHandle;
+
+use super::*;
+
+/// Longest that anything here may take.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+struct Side {
+    switch: Arc<Switch>,
+    links: Links,
+    remote: Arc<Remote>,
+    key: Arc<TlsKey>,
+    events: mpsc::Receiver<LinkEvent>,
+    notes: mpsc::Receiver<FromSocket>,
+}
+
+impl Side {
+    async fn start(seed: u8, other: Slot) -> Self {
+        let key = Arc::new(TlsKey::from_seed(&[seed; 32]));
+        let switch = Arc::new(Switch::new());
+        let (notes, received_notes) = mpsc::channel(256);
+        let (tell, events) = mpsc::channel(16);
+        let config = LinksConfig { tls: Arc::clone(&key), switch: Arc::clone(&switch), udp: true, notes, events: tell };
+        let links = Links::start(config).await.unwrap();
+        let remote = switch.routes.add(InstanceId::from_bytes([seed; 16]), Route::Auto, Some(other));
+        Self { switch, links, remote, key, events, notes: received_notes }
+    }
+
+    fn announced(&self) -> AnnouncedKey {
+        AnnouncedKey::read(self.key.spki()).unwrap()
+    }
+
+    fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.links.udp_port().unwrap().0))
+    }
+
+    async fn event(&mut self) -> LinkEvent {
+        timeout(DEADLINE, self.events.recv()).await.unwrap().unwrap()
+    }
+
+    async fn connection(&mut self) -> Connection {
+        match self.event().await {
+            LinkEvent::Up { connection, mapped } if mapped == self.remote.mapped => connection,
+            other => panic!("no connection: {other:?}"),
+        }
+    }
+
+    async fn why_down(&mut self) -> String {
+        match self.event().await {
+            LinkEvent::Down { why, .. } => why,
+            other @ LinkEvent::Up { .. } => panic!("a connection: {other:?}"),
+        }
+    }
+}
+
+struct Pair {
+    client: Side,
+    server: Side,
+    relay: Arc<AtomicBool>,
+    carriers: [JoinHandle<()>; 2],
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let client = Side::start(1, Slot(2)).await;
+        let server = Side::start(2, Slot(1)).await;
+        let relay = Arc::new(AtomicBool::new(true));
+        let carriers = [
+            carry(&client.switch, &server.switch, Slot(1), &relay),
+            carry(&server.switch, &client.switch, Slot(2), &relay),
+        ];
+        Self { client, server, relay, carriers }
+    }
+
+    fn go_direct(&self) {
+        for (here, there) in [(&self.client, &self.server), (&self.server, &self.client)] {
+            here.switch.routes.prove_source(&here.remote, there.address());
+            here.remote.set_direct(Some(there.address()));
+        }
+        self.kick();
+    }
+
+    fn go_relayed(&self) {
+        self.client.remote.set_direct(None);
+        self.server.remote.set_direct(None);
+        self.kick();
+    }
+
+    fn kick(&self) {
+        self.client.links.kick();
+        self.server.links.kick();
+    }
+
+    async fn connect(&mut self) -> (Connection, Connection) {
+        self.server.links.let_in(&self.server.remote, self.client.announced());
+        self.client.links.dial(&self.client.remote, self.server.announced());
+        (self.client.connection().await, self.server.connection().await)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.carriers.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// A relay's half: takes frames from one side, and gives them to the other under the sender's slot.
+fn carry(from: &Arc<Switch>, to: &Arc<Switch>, sender: Slot, alive: &Arc<AtomicBool>) -> JoinHandle<()> {
+    let (from, to, alive) = (Arc::clone(from), Arc::clone(to), Arc::clone(alive));
+    tokio::spawn(async move {
+        loop {
+            let frame = std::future::poll_fn(|cx| from.to_relay.poll_pop(cx)).await;
+            let RelayFrame::Datagram(datagram) = RelayFrame::read(&frame).unwrap() else { panic!("not a datagram") };
+            if alive.load(Ordering::Relaxed) {
+                to.relayed(Datagram { slot: sender, ..datagram });
+            }
+        }
+    })
+}
+
+async fn send_all(connection: &Connection, bytes: &[u8]) -> (quinn::SendStream, quinn::RecvStream) {
+    let (mut send, recv) = connection.open_bi().await.unwrap();
+    send.write_all(bytes).await.unwrap();
+    (send, recv)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_crosses_a_relayed_link() {
+    let mut pair = Pair::start().await;
+    let (client, server) = pair.connect().await;
+    let (mut send, _recv) = send_all(&client, b"by way of the relay").await;
+    send.finish().unwrap();
+    let (_, mut recv) = server.accept_bi().await.unwrap();
+    assert_eq!(recv.read_to_end(100).await.unwrap(), b"by way of the relay");
+    assert_eq!(pair.client.remote.bytes().0, 0);
+    assert!(pair.client.remote.bytes().1 > 0);
+}
+
+#[test]
+fn links_offer_a_post_quantum_exchange_first() {
+    let first = rustls::crypto::aws_lc_rs::default_provider().kx_groups[0].name();
+    assert_eq!(first, rustls::NamedGroup::X25519MLKEM768);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_survives_every_change_of_path_and_a_dead_relay() {
+    const BYTES: usize = 96 * 1024 * 1024;
+    let mut pair = Pair::start().await;
+    let (client, server) = pair.connect().await;
+    let sending = tokio::spawn(async move {
+        let (mut send, _recv) = client.open_bi().await.unwrap();
+        let mut sent = 0;
+        while sent < BYTES {
+            send.write_chunk(pattern(sent, 64 * 1024)).await.unwrap();
+            sent += 64 * 1024;
+        }
+        send.finish().unwrap();
+        send.stopped().await.unwrap();
+    });
+    let (_, mut recv) = server.accept_bi().await.unwrap();
+    let mut got = 0;
+    let mut step = 0;
+    while let Some(chunk) = timeout(DEADLINE, recv.read_chunk(1 << 20, true)).await.unwrap().unwrap() {
+        assert!(pattern(got, chunk.bytes.len()) == chunk.bytes, "a byte changed near {got}");
+        got += chunk.bytes.len();
+        if got >= (step + 1) * BYTES / 8 {
+            step += 1;
+            match step {
+                1 | 5 => pair.go_direct(),
+                2 => pair.relay.store(false, Ordering::Relaxed),
+                3 => pair.relay.store(true, Ordering::Relaxed),
+                4 | 6 => pair.go_relayed(),
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(got, BYTES);
+    sending.await.unwrap();
+    let (direct, relayed) = pair.server.remote.bytes();
+    assert!(direct > 0 && relayed > 0, "direct {direct}, relayed {relayed}");
+}
+
+fn pattern(from: usize, len: usize) -> bytes::Bytes {
+    (from..from + len).map(|at| u8::try_from(at % 251).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_outlives_a_relay_that_is_gone_for_a_while() {
+    let mut pair = Pair::start().await;
+    let (client, server) = pair.connect().await;
+    let (mut send, _recv) = send_all(&client, b"before ").await;
+    let (_, mut recv) = server.accept_bi().await.unwrap();
+    let mut text = [0; 7];
+    recv.read_exact(&mut text).await.unwrap();
+    pair.relay.store(false, Ordering::Relaxed);
+    pair.client.switch.routes.set_slot(&pair.client.remote, None);
+    send.write_all(b"after").await.unwrap();
+    send.finish().unwrap();
+    tokio::time::timeout(Duration::from_secs(3), recv.read_to_end(100)).await.unwrap_err();
+    pair.relay.store(true, Ordering::Relaxed);
+    pair.client.switch.routes.set_slot(&pair.client.remote, Some(Slot(2)));
+    pair.kick();
+    let rest = timeout(Duration::from_secs(1), recv.read_to_end(100)).await.unwrap().unwrap();
+    assert_eq!(rest, b"after");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_early_caller_is_let_in_once_its_key_is_known() {
+    let mut pair = Pair::start().await;
+    pair.server.links.expect(&pair.server.remote);
+    pair.client.links.dial(&pair.client.remote, pair.server.announced());
+    while pair.server.remote.bytes().1 == 0 {
+        tokio::task::yield_now().await;
+    }
+    pair.server.links.let_in(&pair.server.remote, pair.client.announced());
+    pair.client.connection().await;
+    pair.server.connection().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_with_an_unannounced_key_is_refused() {
+    let mut pair = Pair::start().await;
+    let stranger = TlsKey::from_seed(&[9; 32]);
+    pair.server.links.let_in(&pair.server.remote, AnnouncedKey::read(stranger.spki()).unwrap());
+    pair.client.links.dial(&pair.client.remote, pair.server.announced());
+    pair.server.why_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_callee_with_an_unannounced_key_is_refused() {
+    let mut pair = Pair::start().await;
+    let stranger = TlsKey::from_seed(&[9; 32]);
+    pair.server.links.let_in(&pair.server.remote, pair.client.announced());
+    pair.client.links.dial(&pair.client.remote, AnnouncedKey::read(stranger.spki()).unwrap());
+    pair.client.why_down().await;
+    pair.server.why_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_from_an_unproved_source_reach_no_link() {
+    let pair = Pair::start().await;
+    let stranger = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let before = pair.server.switch.stray();
+    timeout(DEADLINE, async {
+        while pair.server.switch.stray() == before {
+            stranger.send_to(&[0x40; 1200], pair.server.address()).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    assert_eq!(pair.server.remote.bytes(), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stun_packet_goes_to_the_path_machine() {
+    let mut pair = Pair::start().await;
+    let other = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    other.send_to(&[0x00, 0x01, 0x00, 0x00], pair.server.address()).await.unwrap();
+    let note = timeout(DEADLINE, pair.server.notes.recv()).await.unwrap().unwrap();
+    let FromSocket::Stun { from, packet } = note else { panic!("another note: {note:?}") };
+    assert_eq!(from, other.local_addr().unwrap());
+    assert_eq!(packet.as_ref(), [0x00, 0x01, 0x00, 0x00]);
+}

@@ -1,0 +1,291 @@
+//! Which way the packets of each link travel now: the table between QUIC's one address of a link and the world.
+//!
+//! In: slots as the relay gives them, paths as they are proved. Out: for a packet that leaves, where to; for one that
+//! arrives, whose it is. A link's mapped address never changes, because QUIC drops what comes from a changed one.
+//! Never guesses: a source that was not proved maps to nothing.
+//! Bounds: one entry per link, [`MAX_SOURCES`] proved sources each.
+
+use std::{
+    collections::HashMap,
+    net::{Ipv6Addr, SocketAddr, SocketAddrV6},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use peerfleet_proto::{
+    id::{InstanceId, Slot},
+    request::link::Route,
+};
+
+/// Proved source addresses kept per link, the oldest forgotten first: a host behind a NAT shows one per address family,
+/// and a new one each time its network changes.
+const MAX_SOURCES: usize = 8;
+
+/// First half of mapped addresses: a unique local prefix (RFC 4193) that no packet ever carries.
+const MAPPED_PREFIX: [u16; 4] = [0xfd70, 0x6c6e, 0x6b00, 0x0000];
+
+/// Port of mapped addresses; QUIC refuses to dial port 0.
+const MAPPED_PORT: u16 = 1;
+
+/// Tag of "no slot" in [`Remote::slot`], beyond every slot.
+const NO_SLOT: u64 = u64::MAX;
+
+/// The address that QUIC knows this process by.
+pub(super) fn own_mapped_address() -> SocketAddr {
+    mapped_address(0)
+}
+
+fn mapped_address(number: u64) -> SocketAddr {
+    let [a, b, c, d] = MAPPED_PREFIX;
+    let tail = number.to_be_bytes();
+    let part = |at: usize| u16::from_be_bytes([tail[at], tail[at + 1]]);
+    let ip = Ipv6Addr::new(a, b, c, d, part(0), part(2), part(4), part(6));
+    SocketAddrV6::new(ip, MAPPED_PORT, 0, 0).into()
+}
+
+/// An address without the mapping of IPv4 into IPv6 that a dual-stack socket shows.
+pub(super) fn plain(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// The other end of one link, as the socket sees it.
+#[derive(Debug)]
+pub(super) struct Remote {
+    /// The address that QUIC knows it by.
+    pub(super) mapped: SocketAddr,
+    /// Whose link it is.
+    pub(super) instance: InstanceId,
+    /// How packets may travel.
+    pub(super) route: Route,
+    /// Counts the changes of path, so that congestion control can start anew.
+    pub(super) path_changes: Arc<AtomicU64>,
+    slot: AtomicU64,
+    direct: RwLock<Option<SocketAddr>>,
+    direct_bytes: AtomicU64,
+    relayed_bytes: AtomicU64,
+    sent_note_ms: AtomicU64,
+    received_note_ms: AtomicU64,
+}
+
+impl Remote {
+    /// Where packets go directly now, if a path is proved.
+    pub(super) fn direct(&self) -> Option<SocketAddr> {
+        *self.direct.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends packets this way from now on; `None` is by way of the relay.
+    pub(super) fn set_direct(&self, address: Option<SocketAddr>) {
+        let mut direct = self.direct.write().unwrap_or_else(PoisonError::into_inner);
+        if *direct != address {
+            *direct = address;
+            self.path_changes.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The relay's number for the other end, while it has one.
+    pub(super) fn slot(&self) -> Option<Slot> {
+        let slot = self.slot.load(Ordering::Relaxed);
+        u32::try_from(slot).ok().map(Slot)
+    }
+
+    /// Counts bytes that travelled directly.
+    pub(super) fn count_direct(&self, bytes: usize) {
+        self.direct_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Counts bytes that travelled by way of the relay.
+    pub(super) fn count_relayed(&self, bytes: usize) {
+        self.relayed_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Bytes that travelled directly and by way of the relay.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        (self.direct_bytes.load(Ordering::Relaxed), self.relayed_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Whether a direct send at `now_ms` should be told to the path machine: at most one every `every_ms`.
+    pub(super) fn note_sent(&self, now_ms: u64, every_ms: u64) -> bool {
+        note(&self.sent_note_ms, now_ms, every_ms)
+    }
+
+    /// Whether direct traffic that came at `now_ms` should be told to the path machine, likewise.
+    pub(super) fn note_received(&self, now_ms: u64, every_ms: u64) -> bool {
+        note(&self.received_note_ms, now_ms, every_ms)
+    }
+}
+
+fn note(last: &AtomicU64, now_ms: u64, every_ms: u64) -> bool {
+    let before = last.load(Ordering::Relaxed);
+    let due = before == 0 || now_ms.saturating_sub(before) >= every_ms;
+    if due {
+        last.store(now_ms.max(1), Ordering::Relaxed);
+    }
+    due
+}
+
+/// The table.
+#[derive(Debug, Default)]
+pub(super) struct Routes {
+    tables: RwLock<Tables>,
+    next: Mutex<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    by_mapped: HashMap<SocketAddr, Arc<Remote>>,
+    by_slot: HashMap<(Slot, u8), Arc<Remote>>,
+    by_source: HashMap<SocketAddr, Arc<Remote>>,
+    sources: HashMap<SocketAddr, Vec<SocketAddr>>,
+}
+
+impl Routes {
+    /// A new link's entry, under a mapped address that was never used before.
+    pub(super) fn add(&self, instance: InstanceId, route: Route, slot: Option<Slot>) -> Arc<Remote> {
+        let number = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            *next += 1;
+            *next
+        };
+        let remote = Arc::new(Remote {
+            mapped: mapped_address(number),
+            instance,
+            route,
+            path_changes: Arc::default(),
+            slot: AtomicU64::new(NO_SLOT),
+            direct: RwLock::new(None),
+            direct_bytes: AtomicU64::new(0),
+            relayed_bytes: AtomicU64::new(0),
+            sent_note_ms: AtomicU64::new(0),
+            received_note_ms: AtomicU64::new(0),
+        });
+        self.write(|tables| tables.by_mapped.insert(remote.mapped, Arc::clone(&remote)));
+        self.set_slot(&remote, slot);
+        remote
+    }
+
+    /// Forgets a link.
+    pub(super) fn remove(&self, remote: &Remote) {
+        self.write(|tables| {
+            tables.by_mapped.remove(&remote.mapped);
+            tables.by_slot.retain(|_, other| other.mapped != remote.mapped);
+            for source in tables.sources.remove(&remote.mapped).unwrap_or_default() {
+                tables.by_source.remove(&source);
+            }
+        });
+    }
+
+    /// The relay gave the other end another number, or it is not in the room.
+    pub(super) fn set_slot(&self, remote: &Arc<Remote>, slot: Option<Slot>) {
+        self.write(|tables| {
+            if let Some(old) = remote.slot() {
+                tables.by_slot.remove(&(old, remote.route.lane()));
+            }
+            remote.slot.store(slot.map_or(NO_SLOT, |slot| slot.0.into()), Ordering::Relaxed);
+            if let Some(slot) = slot {
+                tables.by_slot.insert((slot, remote.route.lane()), Arc::clone(remote));
+                if remote.direct().is_none() {
+                    remote.path_changes.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+    }
+
+    /// An authenticated check came from `source`: packets from there are this link's.
+    pub(super) fn prove_source(&self, remote: &Arc<Remote>, source: SocketAddr) {
+        let source = plain(source);
+        if self.by_source(source).is_some_and(|known| known.mapped == remote.mapped) {
+            return;
+        }
+        self.write(|tables| {
+            if let Some(previous) = tables.by_source.insert(source, Arc::clone(remote)) {
+                tables.sources.entry(previous.mapped).or_default().retain(|other| *other != source);
+            }
+            let sources = tables.sources.entry(remote.mapped).or_default();
+            sources.push(source);
+            if sources.len() > MAX_SOURCES {
+                let oldest = sources.remove(0);
+                tables.by_source.remove(&oldest);
+            }
+        });
+    }
+
+    /// The link that QUIC knows by this address.
+    pub(super) fn by_mapped(&self, mapped: SocketAddr) -> Option<Arc<Remote>> {
+        self.read(|tables| tables.by_mapped.get(&mapped).cloned())
+    }
+
+    /// The link whose relayed packets bear this slot and lane.
+    pub(super) fn by_slot(&self, slot: Slot, lane: u8) -> Option<Arc<Remote>> {
+        self.read(|tables| tables.by_slot.get(&(slot, lane)).cloned())
+    }
+
+    /// The link whose packets come from this proved source.
+    pub(super) fn by_source(&self, source: SocketAddr) -> Option<Arc<Remote>> {
+        self.read(|tables| tables.by_source.get(&source).cloned())
+    }
+
+    fn read<T>(&self, look: impl FnOnce(&Tables) -> T) -> T {
+        look(&self.tables.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn write<T>(&self, change: impl FnOnce(&mut Tables) -> T) -> T {
+        change(&mut self.tables.write().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(port: u16) -> SocketAddr {
+        SocketAddr::from(([192, 0, 2, 1], port))
+    }
+
+    #[test]
+    fn a_new_slot_takes_the_place_of_the_old_one() {
+        let routes = Routes::default();
+        let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, Some(Slot(3)));
+        routes.set_slot(&remote, Some(Slot(9)));
+        assert!(routes.by_slot(Slot(3), 0).is_none());
+        assert_eq!(routes.by_slot(Slot(9), 0).map(|found| found.mapped), Some(remote.mapped));
+        assert!(routes.by_slot(Slot(9), 1).is_none());
+    }
+
+    #[test]
+    fn an_unproved_source_is_nobodys_and_the_oldest_proved_one_is_forgotten() {
+        let routes = Routes::default();
+        let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, None);
+        assert!(routes.by_source(source(1)).is_none());
+        for port in 0..=MAX_SOURCES {
+            routes.prove_source(&remote, source(u16::try_from(port).unwrap()));
+        }
+        assert!(routes.by_source(source(0)).is_none());
+        assert!(routes.by_source(source(1)).is_some());
+    }
+
+    #[test]
+    fn nothing_leads_to_a_removed_link() {
+        let routes = Routes::default();
+        let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, Some(Slot(3)));
+        routes.prove_source(&remote, source(7));
+        routes.remove(&remote);
+        assert!(routes.by_mapped(remote.mapped).is_none());
+        assert!(routes.by_slot(Slot(3), 0).is_none());
+        assert!(routes.by_source(source(7)).is_none());
+    }
+
+    #[test]
+    fn a_change_of_path_is_counted_once() {
+        let routes = Routes::default();
+        let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, None);
+        remote.set_direct(Some(source(1)));
+        remote.set_direct(Some(source(1)));
+        routes.set_slot(&remote, Some(Slot(1)));
+        assert_eq!(remote.path_changes.load(Ordering::Relaxed), 1);
+        remote.set_direct(None);
+        routes.set_slot(&remote, Some(Slot(2)));
+        assert_eq!(remote.path_changes.load(Ordering::Relaxed), 3);
+    }
+}
