@@ -14,12 +14,15 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
 mod congestion;
+mod dial;
+mod interfaces;
 mod link;
 mod queue;
 mod routes;
 mod socket;
 pub mod stream;
 mod tls;
+mod wire;
 
 pub use stream::Stream;
 

@@ -1,0 +1,204 @@
+//! One WebSocket to the relay, read and written by one task.
+//!
+//! In: frames of the mesh (before everything else), Datagram frames from the links. Out: frames from the relay, of which
+//! Datagrams go straight to the links and all others to the mesh.
+//! Never holds more than the WebSocket's own buffers: when the relay does not read, messages wait with the mesh and the
+//! oldest datagrams are dropped; when the mesh does not read, the relay is not read.
+//! Bounds: [`READ_BUDGET`] frames a turn before writing gets its turn, [`FLUSH_BYTES`] written before a flush.
+
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use futures_util::{Sink, Stream};
+use peerfleet_proto::{fault::Malformed, wire::relay::RelayFrame};
+use tokio::{net::TcpStream, sync::mpsc};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{self, Message},
+};
+
+use super::socket::Switch;
+
+/// Frames read in one turn before writing gets its turn.
+const READ_BUDGET: usize = 64;
+
+/// Bytes written before a flush: the socket's own send buffer is of this order.
+const FLUSH_BYTES: usize = 256 * 1024;
+
+/// Frames from the relay that may wait for the mesh.
+pub(super) const INBOUND_FRAMES: usize = 256;
+
+/// Why a connection to the relay ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WireFault {
+    /// The relay closed it, or the network did.
+    #[error("the relay closed the connection")]
+    Closed,
+    /// The mesh wants it no more.
+    #[error("left")]
+    Left,
+    /// The relay sent what is no frame.
+    #[error("the relay sent something unreadable: {0}")]
+    Malformed(#[from] Malformed),
+    /// The WebSocket failed.
+    #[error("the connection to the relay broke: {0}")]
+    Broken(#[from] Box<tungstenite::Error>),
+}
+
+/// The task's state.
+pub(super) struct Wire {
+    socket: WebSocketStream<TcpStream>,
+    switch: Arc<Switch>,
+    frames: mpsc::Receiver<Bytes>,
+    inbound: mpsc::Sender<RelayFrame>,
+    waiting: Option<RelayFrame>,
+    unflushed: usize,
+    leaving: bool,
+}
+
+impl Wire {
+    /// Takes a WebSocket; dropping the other end of `frames` closes it in good order.
+    pub(super) fn new(
+        socket: WebSocketStream<TcpStream>,
+        switch: Arc<Switch>,
+        frames: mpsc::Receiver<Bytes>,
+        inbound: mpsc::Sender<RelayFrame>,
+    ) -> Self {
+        // What piled up for an earlier connection names slots that are gone.
+        switch.to_relay.clear();
+        Self { socket, switch, frames, inbound, waiting: None, unflushed: 0, leaving: false }
+    }
+
+    /// Reads and writes until the connection ends.
+    pub(super) async fn run(mut self) -> WireFault {
+        let mut reserve = Reserve::default();
+        poll_fn(|cx| {
+            loop {
+                let read = self.read(cx, &mut reserve);
+                if let Poll::Ready(Err(fault)) = read {
+                    return Poll::Ready(fault);
+                }
+                let written = self.write(cx);
+                if let Poll::Ready(Err(fault)) = written {
+                    return Poll::Ready(fault);
+                }
+                if read.is_pending() {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await
+    }
+
+    /// Reads up to the budget; pending when there is nothing more to read, or nobody to take it.
+    fn read(&mut self, cx: &mut Context<'_>, reserve: &mut Reserve) -> Poll<Result<(), WireFault>> {
+        for _ in 0..READ_BUDGET {
+            if let Some(frame) = self.waiting.take() {
+                match reserve.poll_send(&self.inbound, frame, cx) {
+                    Ok(()) => {}
+                    Err(Refusal::Full(frame)) => {
+                        self.waiting = Some(frame);
+                        return Poll::Pending;
+                    }
+                    Err(Refusal::Gone) => return Poll::Ready(Err(WireFault::Left)),
+                }
+            }
+            let Some(message) = ready!(Pin::new(&mut self.socket).poll_next(cx)) else {
+                return Poll::Ready(Err(WireFault::Closed));
+            };
+            let Message::Binary(bytes) = message.map_err(Box::new)? else { continue };
+            match RelayFrame::read(&bytes)? {
+                RelayFrame::Datagram(datagram) => self.switch.relayed(datagram),
+                // Copied, because a small piece would keep the whole read buffer alive for as long as the mesh holds it.
+                RelayFrame::Message { from, sealed } => {
+                    self.waiting = Some(RelayFrame::Message { from, sealed: Bytes::copy_from_slice(&sealed) });
+                }
+                frame @ (RelayFrame::Control(_) | RelayFrame::MulticastShare { .. }) => self.waiting = Some(frame),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Feeds all that is ready, messages first, then flushes once; pending when there is nothing or no room.
+    fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WireFault>> {
+        loop {
+            while self.unflushed < FLUSH_BYTES {
+                ready!(Pin::new(&mut self.socket).poll_ready(cx)).map_err(Box::new)?;
+                let Some(frame) = self.next(cx) else { break };
+                self.unflushed += frame.len();
+                Pin::new(&mut self.socket).start_send(Message::Binary(frame)).map_err(Box::new)?;
+            }
+            if self.unflushed == 0 {
+                return if self.leaving { self.close(cx) } else { Poll::Pending };
+            }
+            ready!(Pin::new(&mut self.socket).poll_flush(cx)).map_err(Box::new)?;
+            self.unflushed = 0;
+        }
+    }
+
+    fn next(&mut self, cx: &mut Context<'_>) -> Option<Bytes> {
+        if !self.leaving {
+            match self.frames.poll_recv(cx) {
+                Poll::Ready(Some(frame)) => return Some(frame),
+                Poll::Ready(None) => self.leaving = true,
+                Poll::Pending => {}
+            }
+        }
+        match self.switch.to_relay.poll_pop(cx) {
+            Poll::Ready(frame) => Some(frame),
+            Poll::Pending => None,
+        }
+    }
+
+    fn close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WireFault>> {
+        ready!(Pin::new(&mut self.socket).poll_close(cx)).map_err(Box::new)?;
+        Poll::Ready(Err(WireFault::Left))
+    }
+}
+
+type Slot = Pin<Box<dyn Future<Output = Result<mpsc::OwnedPermit<RelayFrame>, mpsc::error::SendError<()>>> + Send>>;
+
+/// Waits for room in a channel from within a poll.
+#[derive(Default)]
+struct Reserve(Option<Slot>);
+
+enum Refusal {
+    /// No room yet; the task is woken when there is.
+    Full(RelayFrame),
+    /// Nobody will ever read.
+    Gone,
+}
+
+impl Reserve {
+    fn poll_send(
+        &mut self,
+        sender: &mpsc::Sender<RelayFrame>,
+        frame: RelayFrame,
+        cx: &mut Context<'_>,
+    ) -> Result<(), Refusal> {
+        let frame = if self.0.is_none() {
+            match sender.try_send(frame) {
+                Ok(()) => return Ok(()),
+                Err(mpsc::error::TrySendError::Full(frame)) => frame,
+                Err(mpsc::error::TrySendError::Closed(_)) => return Err(Refusal::Gone),
+            }
+        } else {
+            frame
+        };
+        let slot = self.0.get_or_insert_with(|| Box::pin(sender.clone().reserve_owned()));
+        match slot.as_mut().poll(cx) {
+            Poll::Pending => Err(Refusal::Full(frame)),
+            Poll::Ready(Err(_)) => Err(Refusal::Gone),
+            Poll::Ready(Ok(permit)) => {
+                self.0 = None;
+                permit.send(frame);
+                Ok(())
+            }
+        }
+    }
+}
