@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use quinn::{
     AsyncTimer, AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming,
     MtuDiscoveryConfig, Runtime, ServerConfig, TransportConfig, VarInt,
@@ -54,6 +55,9 @@ const WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 
 /// Round trip assumed before one is measured: the first retransmission comes after 3 of these.
 const INITIAL_RTT: Duration = Duration::from_millis(100);
+
+/// Bytes of kicks kept, which nobody reads: see [`kick`].
+const KICK_BUFFER_BYTES: usize = 64;
 
 /// Packet size that every path takes (RFC 9000 §14), in bytes.
 const INITIAL_MTU: u16 = 1200;
@@ -209,12 +213,13 @@ impl Links {
     pub(super) fn forget(&self, remote: &Remote) {
         self.shared.gates().remove(&remote.mapped);
     }
+}
 
-    /// Paths changed: every link sends at once, instead of when its own timers say so.
-    pub(super) fn kick(&self) {
-        if let Err(error) = self.endpoint.rebind_abstract(Arc::clone(&self.socket) as Arc<dyn AsyncUdpSocket>) {
-            tracing::debug!(%error, "links were not told of a change of path");
-        }
+/// The path of this link changed: it sends at once, instead of when its own timers say so, and what was lost on the path
+/// before is found out by the answer.
+pub(super) fn kick(connection: &Connection) {
+    if let Err(error) = connection.send_datagram(Bytes::from_static(b"kick")) {
+        tracing::debug!(%error, "a link was not told of its new path");
     }
 }
 
@@ -338,7 +343,8 @@ fn transport(remote: &Remote) -> Arc<TransportConfig> {
         .stream_receive_window(STREAM_WINDOW_BYTES.into())
         .receive_window(WINDOW_BYTES.into())
         .send_window(WINDOW_BYTES.into())
-        .datagram_receive_buffer_size(None)
+        .datagram_receive_buffer_size(Some(KICK_BUFFER_BYTES))
+        .datagram_send_buffer_size(KICK_BUFFER_BYTES)
         .initial_rtt(INITIAL_RTT)
         .initial_mtu(INITIAL_MTU)
         .mtu_discovery_config(Some(mtu))

@@ -7,6 +7,7 @@
 use std::{
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -21,6 +22,9 @@ use tokio::{
 /// Bytes that a stream within this process holds in each direction before its writer waits.
 const LOCAL_PIPE_BYTES: usize = 256 * 1024;
 
+/// QUIC's application code of a stream whose writer went away before the end.
+const CODE_DROPPED: quinn::VarInt = quinn::VarInt::from_u32(1);
+
 /// Both directions of a stream.
 #[derive(Debug)]
 pub struct Stream {
@@ -34,7 +38,7 @@ pub struct Stream {
 #[derive(Debug)]
 pub enum SendHalf {
     /// To another instance.
-    Quic(quinn::SendStream),
+    Quic(QuicSend),
     /// Within this process.
     Local(WriteHalf<DuplexStream>),
     /// Through the local door.
@@ -45,14 +49,57 @@ pub enum SendHalf {
 #[derive(Debug)]
 pub enum RecvHalf {
     /// From another instance.
-    Quic(quinn::RecvStream),
+    Quic(QuicRecv),
     /// Within this process.
     Local(ReadHalf<DuplexStream>),
     /// Through the local door.
     Door(OwnedReadHalf),
 }
 
+/// Keeps a link open for as long as somebody holds it.
+#[derive(Debug, Clone, Default)]
+pub struct Lease(Arc<()>);
+
+impl Lease {
+    /// Whether anybody else holds it too.
+    pub(super) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+}
+
+/// Towards another instance, over a link.
+#[derive(Debug)]
+pub struct QuicSend {
+    stream: quinn::SendStream,
+    is_finished: bool,
+    _lease: Lease,
+}
+
+/// From another instance, over a link.
+#[derive(Debug)]
+pub struct QuicRecv {
+    stream: quinn::RecvStream,
+    _lease: Lease,
+}
+
+impl Drop for QuicSend {
+    fn drop(&mut self) {
+        // QUIC itself takes a dropped stream for a finished one.
+        if !self.is_finished && self.stream.reset(CODE_DROPPED).is_err() {
+            tracing::trace!("a stream was dropped that had ended already");
+        }
+    }
+}
+
 impl Stream {
+    /// A stream of a link, which stays open for as long as either half lives.
+    pub(super) fn over(send: quinn::SendStream, recv: quinn::RecvStream, lease: Lease) -> Self {
+        Self {
+            send: SendHalf::Quic(QuicSend { stream: send, is_finished: false, _lease: lease.clone() }),
+            recv: RecvHalf::Quic(QuicRecv { stream: recv, _lease: lease }),
+        }
+    }
+
     /// Two ends of a stream within this process.
     pub fn local_pair() -> (Self, Self) {
         let (one, other) = tokio::io::duplex(LOCAL_PIPE_BYTES);
@@ -85,7 +132,7 @@ impl SendHalf {
     /// Those of the carrier.
     pub async fn write_chunk(&mut self, chunk: Bytes) -> io::Result<()> {
         match self {
-            Self::Quic(stream) => stream.write_chunk(chunk).await.map_err(io::Error::from),
+            Self::Quic(quic) => quic.stream.write_chunk(chunk).await.map_err(io::Error::from),
             Self::Local(pipe) => pipe.write_all(&chunk).await,
             Self::Door(socket) => socket.write_all(&chunk).await,
         }
@@ -126,8 +173,8 @@ impl RecvHalf {
     /// # Errors
     /// Those of the carrier.
     pub async fn read_chunk(&mut self, max: usize) -> io::Result<Option<Bytes>> {
-        if let Self::Quic(stream) = self {
-            let chunk = stream.read_chunk(max, true).await.map_err(io::Error::from)?;
+        if let Self::Quic(quic) = self {
+            let chunk = quic.stream.read_chunk(max, true).await.map_err(io::Error::from)?;
             return Ok(chunk.map(|chunk| chunk.bytes));
         }
         let mut chunk = vec![0; max.min(LOCAL_PIPE_BYTES)];
@@ -140,7 +187,7 @@ impl RecvHalf {
 impl AsyncWrite for SendHalf {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match &mut *self {
-            Self::Quic(stream) => AsyncWrite::poll_write(Pin::new(stream), cx, bytes),
+            Self::Quic(quic) => AsyncWrite::poll_write(Pin::new(&mut quic.stream), cx, bytes),
             Self::Local(pipe) => Pin::new(pipe).poll_write(cx, bytes),
             Self::Door(socket) => Pin::new(socket).poll_write(cx, bytes),
         }
@@ -148,7 +195,7 @@ impl AsyncWrite for SendHalf {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            Self::Quic(stream) => AsyncWrite::poll_flush(Pin::new(stream), cx),
+            Self::Quic(quic) => AsyncWrite::poll_flush(Pin::new(&mut quic.stream), cx),
             Self::Local(pipe) => Pin::new(pipe).poll_flush(cx),
             Self::Door(socket) => Pin::new(socket).poll_flush(cx),
         }
@@ -156,7 +203,10 @@ impl AsyncWrite for SendHalf {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            Self::Quic(stream) => AsyncWrite::poll_shutdown(Pin::new(stream), cx),
+            Self::Quic(quic) => {
+                quic.is_finished = true;
+                AsyncWrite::poll_shutdown(Pin::new(&mut quic.stream), cx)
+            }
             Self::Local(pipe) => Pin::new(pipe).poll_shutdown(cx),
             Self::Door(socket) => Pin::new(socket).poll_shutdown(cx),
         }
@@ -166,7 +216,7 @@ impl AsyncWrite for SendHalf {
 impl AsyncRead for RecvHalf {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            Self::Quic(stream) => AsyncRead::poll_read(Pin::new(stream), cx, buf),
+            Self::Quic(quic) => AsyncRead::poll_read(Pin::new(&mut quic.stream), cx, buf),
             Self::Local(pipe) => Pin::new(pipe).poll_read(cx, buf),
             Self::Door(socket) => Pin::new(socket).poll_read(cx, buf),
         }

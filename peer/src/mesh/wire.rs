@@ -33,6 +33,24 @@ const FLUSH_BYTES: usize = 256 * 1024;
 /// Frames from the relay that may wait for the mesh.
 pub(super) const INBOUND_FRAMES: usize = 256;
 
+/// What the mesh says to the relay.
+#[derive(Debug)]
+pub(super) enum ToRelay {
+    /// A frame.
+    Frame(Bytes),
+    /// A WebSocket ping.
+    Ping,
+}
+
+/// What the relay says to the mesh.
+#[derive(Debug)]
+pub(super) enum FromRelay {
+    /// A frame.
+    Frame(RelayFrame),
+    /// A sign of life.
+    Heard,
+}
+
 /// Why a connection to the relay ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum WireFault {
@@ -54,24 +72,24 @@ pub(super) enum WireFault {
 pub(super) struct Wire {
     socket: WebSocketStream<TcpStream>,
     switch: Arc<Switch>,
-    frames: mpsc::Receiver<Bytes>,
-    inbound: mpsc::Sender<RelayFrame>,
-    waiting: Option<RelayFrame>,
+    outbound: mpsc::Receiver<ToRelay>,
+    inbound: mpsc::Sender<FromRelay>,
+    waiting: Option<FromRelay>,
     unflushed: usize,
     leaving: bool,
 }
 
 impl Wire {
-    /// Takes a WebSocket; dropping the other end of `frames` closes it in good order.
+    /// Takes a WebSocket; dropping the other end of `outbound` closes it in good order.
     pub(super) fn new(
         socket: WebSocketStream<TcpStream>,
         switch: Arc<Switch>,
-        frames: mpsc::Receiver<Bytes>,
-        inbound: mpsc::Sender<RelayFrame>,
+        outbound: mpsc::Receiver<ToRelay>,
+        inbound: mpsc::Sender<FromRelay>,
     ) -> Self {
         // What piled up for an earlier connection names slots that are gone.
         switch.to_relay.clear();
-        Self { socket, switch, frames, inbound, waiting: None, unflushed: 0, leaving: false }
+        Self { socket, switch, outbound, inbound, waiting: None, unflushed: 0, leaving: false }
     }
 
     /// Reads and writes until the connection ends.
@@ -111,17 +129,24 @@ impl Wire {
             let Some(message) = ready!(Pin::new(&mut self.socket).poll_next(cx)) else {
                 return Poll::Ready(Err(WireFault::Closed));
             };
-            let Message::Binary(bytes) = message.map_err(Box::new)? else { continue };
-            match RelayFrame::read(&bytes)? {
-                RelayFrame::Datagram(datagram) => self.switch.relayed(datagram),
-                // Copied, because a small piece would keep the whole read buffer alive for as long as the mesh holds it.
-                RelayFrame::Message { from, sealed } => {
-                    self.waiting = Some(RelayFrame::Message { from, sealed: Bytes::copy_from_slice(&sealed) });
-                }
-                frame @ (RelayFrame::Control(_) | RelayFrame::MulticastShare { .. }) => self.waiting = Some(frame),
-            }
+            self.sort(message.map_err(Box::new)?)?;
         }
         Poll::Ready(Ok(()))
+    }
+
+    fn sort(&mut self, message: Message) -> Result<(), WireFault> {
+        match message {
+            // Copied where the mesh keeps it, because a small piece would keep the whole read buffer alive.
+            Message::Binary(frame) => match RelayFrame::read(&frame)? {
+                RelayFrame::Datagram(datagram) => self.switch.relayed(datagram),
+                RelayFrame::Message { .. } | RelayFrame::MulticastShare { .. } | RelayFrame::Control(_) => {
+                    self.waiting = Some(FromRelay::Frame(RelayFrame::read(&Bytes::copy_from_slice(&frame))?));
+                }
+            },
+            Message::Pong(_) | Message::Ping(_) => self.waiting = Some(FromRelay::Heard),
+            Message::Text(_) | Message::Close(_) | Message::Frame(_) => {}
+        }
+        Ok(())
     }
 
     /// Feeds all that is ready, messages first, then flushes once; pending when there is nothing or no room.
@@ -129,9 +154,9 @@ impl Wire {
         loop {
             while self.unflushed < FLUSH_BYTES {
                 ready!(Pin::new(&mut self.socket).poll_ready(cx)).map_err(Box::new)?;
-                let Some(frame) = self.next(cx) else { break };
-                self.unflushed += frame.len();
-                Pin::new(&mut self.socket).start_send(Message::Binary(frame)).map_err(Box::new)?;
+                let Some(message) = self.next(cx) else { break };
+                self.unflushed += message.len().max(1);
+                Pin::new(&mut self.socket).start_send(message).map_err(Box::new)?;
             }
             if self.unflushed == 0 {
                 return if self.leaving { self.close(cx) } else { Poll::Pending };
@@ -141,16 +166,17 @@ impl Wire {
         }
     }
 
-    fn next(&mut self, cx: &mut Context<'_>) -> Option<Bytes> {
+    fn next(&mut self, cx: &mut Context<'_>) -> Option<Message> {
         if !self.leaving {
-            match self.frames.poll_recv(cx) {
-                Poll::Ready(Some(frame)) => return Some(frame),
+            match self.outbound.poll_recv(cx) {
+                Poll::Ready(Some(ToRelay::Frame(frame))) => return Some(Message::Binary(frame)),
+                Poll::Ready(Some(ToRelay::Ping)) => return Some(Message::Ping(Bytes::new())),
                 Poll::Ready(None) => self.leaving = true,
                 Poll::Pending => {}
             }
         }
         match self.switch.to_relay.poll_pop(cx) {
-            Poll::Ready(frame) => Some(frame),
+            Poll::Ready(frame) => Some(Message::Binary(frame)),
             Poll::Pending => None,
         }
     }
@@ -161,15 +187,15 @@ impl Wire {
     }
 }
 
-type Slot = Pin<Box<dyn Future<Output = Result<mpsc::OwnedPermit<RelayFrame>, mpsc::error::SendError<()>>> + Send>>;
+type Room = Pin<Box<dyn Future<Output = Result<mpsc::OwnedPermit<FromRelay>, mpsc::error::SendError<()>>> + Send>>;
 
 /// Waits for room in a channel from within a poll.
 #[derive(Default)]
-struct Reserve(Option<Slot>);
+struct Reserve(Option<Room>);
 
 enum Refusal {
     /// No room yet; the task is woken when there is.
-    Full(RelayFrame),
+    Full(FromRelay),
     /// Nobody will ever read.
     Gone,
 }
@@ -177,8 +203,8 @@ enum Refusal {
 impl Reserve {
     fn poll_send(
         &mut self,
-        sender: &mpsc::Sender<RelayFrame>,
-        frame: RelayFrame,
+        sender: &mpsc::Sender<FromRelay>,
+        frame: FromRelay,
         cx: &mut Context<'_>,
     ) -> Result<(), Refusal> {
         let frame = if self.0.is_none() {
@@ -190,8 +216,8 @@ impl Reserve {
         } else {
             frame
         };
-        let slot = self.0.get_or_insert_with(|| Box::pin(sender.clone().reserve_owned()));
-        match slot.as_mut().poll(cx) {
+        let room = self.0.get_or_insert_with(|| Box::pin(sender.clone().reserve_owned()));
+        match room.as_mut().poll(cx) {
             Poll::Pending => Err(Refusal::Full(frame)),
             Poll::Ready(Err(_)) => Err(Refusal::Gone),
             Poll::Ready(Ok(permit)) => {

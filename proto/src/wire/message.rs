@@ -46,3 +46,17 @@ pub enum Message {
         id: RequestId,
     },
 }
+
+/// The first frame of every stream of a link. Append-only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StreamHead {
+    /// The stream goes on as the request's service does; the outcome is the first frame back.
+    Open(Request),
+    /// A request that would travel as a message, were the relay there; the outcome is all that comes back.
+    Ask {
+        /// Chosen by the asking side.
+        id: RequestId,
+        /// What to do.
+        request: Request,
+    },
+}

@@ -69,6 +69,7 @@ struct Pair {
     client: Side,
     server: Side,
     relay: Arc<AtomicBool>,
+    connections: Vec<Connection>,
     carriers: [JoinHandle<()>; 2],
 }
 
@@ -81,7 +82,7 @@ impl Pair {
             carry(&client.switch, &server.switch, Slot(1), &relay),
             carry(&server.switch, &client.switch, Slot(2), &relay),
         ];
-        Self { client, server, relay, carriers }
+        Self { client, server, relay, connections: Vec::new(), carriers }
     }
 
     fn go_direct(&self) {
@@ -99,14 +100,15 @@ impl Pair {
     }
 
     fn kick(&self) {
-        self.client.links.kick();
-        self.server.links.kick();
+        self.connections.iter().for_each(kick);
     }
 
     async fn connect(&mut self) -> (Connection, Connection) {
         self.server.links.let_in(&self.server.remote, self.client.announced());
         self.client.links.dial(&self.client.remote, self.server.announced());
-        (self.client.connection().await, self.server.connection().await)
+        let (client, server) = (self.client.connection().await, self.server.connection().await);
+        self.connections = vec![client.clone(), server.clone()];
+        (client, server)
     }
 }
 
