@@ -11,10 +11,10 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, tungstenite::Message};
+use tokio_tungstenite::{WebSocketStream, tungstenite::Message};
 
 /// A client's end.
-pub type Client = WebSocketStream<MaybeTlsStream<TcpStream>>;
+pub type Client = WebSocketStream<TcpStream>;
 
 /// Pairs connections as they come and forwards between them, printing its address first.
 ///
@@ -44,10 +44,9 @@ async fn accept(listener: &TcpListener) -> Result<WebSocketStream<TcpStream>> {
 /// # Errors
 /// Those of the socket.
 pub async fn connect(forwarder: SocketAddr) -> Result<Client> {
-    let (client, _) = tokio_tungstenite::connect_async(format!("ws://{forwarder}/")).await?;
-    if let MaybeTlsStream::Plain(stream) = client.get_ref() {
-        stream.set_nodelay(true)?;
-    }
+    let stream = TcpStream::connect(forwarder).await?;
+    stream.set_nodelay(true)?;
+    let (client, _) = tokio_tungstenite::client_async(format!("ws://{forwarder}/"), stream).await?;
     Ok(client)
 }
 
