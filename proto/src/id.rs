@@ -48,12 +48,6 @@ macro_rules! byte_id {
             }
         }
 
-        impl fmt::Debug for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, concat!(stringify!($name), "({})"), self)
-            }
-        }
-
         impl FromStr for $name {
             type Err = InvalidId;
 
@@ -96,6 +90,24 @@ byte_id! {
 byte_id! {
     /// The right to pull one offered file: 128 random bits, known to the host that offered, the receiver and the caller.
     Ticket, 16
+}
+
+macro_rules! debug_as_text {
+    ($($name:ident),*) => {
+        $(impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self)
+            }
+        })*
+    };
+}
+
+debug_as_text!(RoomId, PeerId, InstanceId, RequestId, JobId);
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Ticket(…)")
+    }
 }
 
 impl PeerId {
@@ -146,6 +158,12 @@ mod tests {
     fn rejects_text_of_another_length_or_alphabet() {
         assert_eq!("aaaa".parse::<PeerId>(), Err(InvalidId { expected: 52 }));
         assert!("1".repeat(26).parse::<InstanceId>().is_err());
+    }
+
+    #[test]
+    fn debug_shows_no_ticket() {
+        assert_eq!(format!("{:?}", Ticket::from_bytes([7; 16])), "Ticket(…)");
+        assert!(format!("{:?}", JobId::from_bytes([7; 16])).starts_with("JobId(a"));
     }
 
     #[test]

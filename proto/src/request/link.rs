@@ -1,6 +1,6 @@
 //! Agreeing on a link: each side's TLS key, its share of the check key, and where it might be reached.
 
-use std::net::SocketAddr;
+use std::{fmt, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -31,7 +31,7 @@ impl Route {
 }
 
 /// The asking side's half of a link.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkOffer {
     /// How packets may travel.
     pub route: Route,
@@ -44,7 +44,7 @@ pub struct LinkOffer {
 }
 
 /// The answering side's half of a link.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkAnswer {
     /// The TLS key of this process, as in [`LinkOffer::tls_key`].
     pub tls_key: Vec<u8>,
@@ -52,6 +52,20 @@ pub struct LinkAnswer {
     pub check_share: [u8; 32],
     /// Where this side might be reached directly.
     pub candidates: Vec<Candidate>,
+}
+
+impl fmt::Debug for LinkOffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { route, tls_key: _, check_share: _, candidates } = self;
+        f.debug_struct("LinkOffer").field("route", route).field("candidates", candidates).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for LinkAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tls_key: _, check_share: _, candidates } = self;
+        f.debug_struct("LinkAnswer").field("candidates", candidates).finish_non_exhaustive()
+    }
 }
 
 /// More places where the sender might be reached, found after the link was agreed.
@@ -79,4 +93,25 @@ pub enum CandidateKind {
     ServerReflexive,
     /// An authenticated check came from it.
     PeerReflexive,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_no_share_of_the_check_key() {
+        let (tls_key, check_share, candidates) = (vec![1], [0xA7; 32], vec![]);
+        let answer = LinkAnswer { tls_key: tls_key.clone(), check_share, candidates: candidates.clone() };
+        let offer = LinkOffer { route: Route::Auto, tls_key, check_share, candidates };
+        assert!(!format!("{offer:?} {answer:?}").contains("167"));
+    }
+
+    #[test]
+    fn a_lane_names_the_route_that_it_is_of() {
+        for route in [Route::Auto, Route::RelayedOnly] {
+            assert_eq!(Route::from_lane(route.lane()), Some(route));
+        }
+        assert_eq!((2..=u8::MAX).find_map(Route::from_lane), None);
+    }
 }

@@ -1,5 +1,7 @@
 //! What is inside a sealed message.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -8,7 +10,7 @@ use crate::{
 };
 
 /// The plaintext of one sealed message. Append-only.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
     /// Please do this. Repeated under the same id until it is accepted or answered.
     Ask {
@@ -59,4 +61,29 @@ pub enum StreamHead {
         /// What to do.
         request: Request,
     },
+}
+
+impl fmt::Debug for Message {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ask { id, request, .. } => {
+                f.debug_struct("Ask").field("id", id).field("request", request).finish_non_exhaustive()
+            }
+            Self::AskShared { id, .. } => f.debug_struct("AskShared").field("id", id).finish_non_exhaustive(),
+            Self::Accepted { id } => f.debug_struct("Accepted").field("id", id).finish(),
+            Self::Answer { id, outcome } => f.debug_struct("Answer").field("id", id).field("outcome", outcome).finish(),
+            Self::Busy { id } => f.debug_struct("Busy").field("id", id).finish(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_no_key() {
+        let message = Message::AskShared { id: RequestId::from_bytes([1; 16]), key: [0xA7; 32], digest: [2; 32] };
+        assert!(!format!("{message:?}").contains("167"));
+    }
 }

@@ -32,6 +32,15 @@ pub const MESSAGE_HEADER_BYTES: usize = 9;
 /// Bytes before the packets of a Datagram.
 pub const DATAGRAM_HEADER_BYTES: usize = 8;
 
+/// Bytes before the parts of a Multicast.
+const MULTICAST_HEADER_BYTES: usize = 7;
+
+/// Bytes before each part of a Multicast.
+const MULTICAST_PART_HEADER_BYTES: usize = 6;
+
+/// Bytes before the part of a MulticastShare.
+const SHARE_HEADER_BYTES: usize = 11;
+
 /// What a peer says to the relay itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerToRelay {
@@ -245,24 +254,24 @@ impl<'a> PeerFrame<'a> {
 
 impl<'a> Multicast<'a> {
     fn split(frame: &'a [u8]) -> Result<Self, Malformed> {
-        need(frame, 7)?;
+        need(frame, MULTICAST_HEADER_BYTES)?;
         let tag = u32_at(frame, 1)?;
         let count = u16_at(frame, 5)?;
         if usize::from(count) > MAX_MULTICAST {
             return Err(Malformed::TooLong { have: count.into(), limit: MAX_MULTICAST });
         }
-        let mut at = 7;
+        let mut at = MULTICAST_HEADER_BYTES;
         for _ in 0..count {
             let len = usize::from(u16_at(frame, at + 4)?);
             if len > MAX_MULTICAST_PART_BYTES {
                 return Err(Malformed::TooLong { have: len, limit: MAX_MULTICAST_PART_BYTES });
             }
-            at += 6 + len;
+            at += MULTICAST_PART_HEADER_BYTES + len;
         }
         if at > frame.len() {
             return Err(Malformed::InconsistentLength);
         }
-        Ok(Self { tag, count, parts: &frame[7..at], shared: &frame[at..] })
+        Ok(Self { tag, count, parts: &frame[MULTICAST_HEADER_BYTES..at], shared: &frame[at..] })
     }
 
     /// How many recipients there are.
@@ -281,15 +290,15 @@ impl<'a> Multicast<'a> {
         std::iter::from_fn(move || {
             let slot = slot_at(rest, 0).ok()?;
             let len = usize::from(u16_at(rest, 4).ok()?);
-            let part = rest.get(6..6 + len)?;
-            rest = &rest[6 + len..];
+            let (part, behind) = rest.get(MULTICAST_PART_HEADER_BYTES..)?.split_at_checked(len)?;
+            rest = behind;
             Some((slot, part))
         })
     }
 
     /// The frame that one recipient gets.
     pub fn share(&self, from: Slot, part: &[u8]) -> Bytes {
-        let mut frame = BytesMut::with_capacity(11 + part.len() + self.shared.len());
+        let mut frame = BytesMut::with_capacity(SHARE_HEADER_BYTES + part.len() + self.shared.len());
         frame.put_u8(FrameKind::MulticastShare as u8);
         frame.put_u32(from.0);
         frame.put_u32(self.tag);
@@ -331,7 +340,7 @@ pub struct Datagram {
     pub slot: Slot,
     /// Which of the two instances' links: see [`crate::request::link::Route`].
     pub lane: u8,
-    /// Bytes of each packet but the last, which may be shorter.
+    /// Bytes of each packet but the last, which may be shorter; never 0.
     pub segment: u16,
     /// The packets, one behind the other.
     pub packets: Bytes,
@@ -341,9 +350,12 @@ impl RelayFrame {
     /// Reads a frame that came from the relay.
     ///
     /// # Errors
-    /// [`Malformed`] for an unknown kind, a truncated header, an undecodable control frame, or a frame that only
-    /// peers send.
+    /// [`Malformed`] for a frame that is too long, an unknown kind, a truncated header, an undecodable control frame,
+    /// packets of no length, or a frame that only peers send.
     pub fn read(frame: &Bytes) -> Result<Self, Malformed> {
+        if frame.len() > MAX_FRAME_BYTES {
+            return Err(Malformed::TooLong { have: frame.len(), limit: MAX_FRAME_BYTES });
+        }
         let kind = *frame.first().ok_or(Malformed::Truncated { have: 0, need: 1 })?;
         match FrameKind::try_from(kind)? {
             FrameKind::Control => Ok(Self::Control(decode(&frame[1..], MAX_FRAME_BYTES)?)),
@@ -353,16 +365,24 @@ impl RelayFrame {
             }
             FrameKind::MulticastShare => {
                 let from = slot_at(frame, SLOT_OFFSET)?;
-                let end = 11 + usize::from(u16_at(frame, 9)?);
+                let end = SHARE_HEADER_BYTES + usize::from(u16_at(frame, 9)?);
                 need(frame, end)?;
-                Ok(Self::MulticastShare { from, part: frame.slice(11..end), shared: frame.slice(end..) })
+                Ok(Self::MulticastShare {
+                    from,
+                    part: frame.slice(SHARE_HEADER_BYTES..end),
+                    shared: frame.slice(end..),
+                })
             }
             FrameKind::Datagram => {
                 need(frame, DATAGRAM_HEADER_BYTES)?;
+                let segment = u16_at(frame, 6)?;
+                if segment == 0 {
+                    return Err(Malformed::InconsistentLength);
+                }
                 Ok(Self::Datagram(Datagram {
                     slot: slot_at(frame, SLOT_OFFSET)?,
                     lane: frame[5],
-                    segment: u16_at(frame, 6)?,
+                    segment,
                     packets: frame.slice(DATAGRAM_HEADER_BYTES..),
                 }))
             }
@@ -389,7 +409,7 @@ pub fn message(to: Slot, tag: u32, sealed: &[u8]) -> Bytes {
 }
 
 /// The frame of one sealed message to many peers. The caller keeps to [`MAX_MULTICAST`] parts of at most
-/// [`MAX_MULTICAST_PART_BYTES`] each.
+/// [`MAX_MULTICAST_PART_BYTES`] each, and to [`MAX_FRAME_BYTES`] in all: see [`multicast_bytes`].
 pub fn multicast<'a>(tag: u32, parts: impl ExactSizeIterator<Item = (Slot, &'a [u8])>, shared: &[u8]) -> Bytes {
     let mut frame = BytesMut::new();
     frame.put_u8(FrameKind::Multicast as u8);
@@ -401,6 +421,11 @@ pub fn multicast<'a>(tag: u32, parts: impl ExactSizeIterator<Item = (Slot, &'a [
     }
     frame.put_slice(shared);
     frame.freeze()
+}
+
+/// Bytes of the frame of a multicast: the longest parts to the most recipients would not fit in one.
+pub fn multicast_bytes(parts: impl Iterator<Item = usize>, shared: usize) -> usize {
+    MULTICAST_HEADER_BYTES + shared + parts.map(|part| MULTICAST_PART_HEADER_BYTES + part).sum::<usize>()
 }
 
 /// The frame of QUIC packets to one peer: `packets` are one behind the other, each of `segment` bytes but the last.
