@@ -1,8 +1,9 @@
 //! Joining a room: both sides, as states that are consumed.
 //!
-//! The relay sends a [`Challenge`] with a key and a nonce made for this connection. The joiner answers with two tags over
-//! the transcript: one needs the room's admission key, the other the identity's key. Nothing secret leaves the joiner,
-//! a captured [`Join`] fits no other challenge, and who cannot make the second tag cannot join as that identity.
+//! The relay sends a [`Challenge`] with a key and a nonce made for this connection. The joiner answers with two tags
+//! over the transcript: one needs the room's admission key, the other the identity's key. Nothing secret leaves the
+//! joiner, a captured [`Join`] fits no other challenge, and who cannot make the second tag cannot join as that
+//! identity.
 //!
 //! [`Admission`] → [`Admitted`] or [`Misbehaved`]; a second try needs a new connection.
 //! Never looks at tokens or names: the relay knows the room by the hash of its admission public key.
@@ -58,8 +59,8 @@ impl Admission {
     /// Verifies the answer.
     ///
     /// # Errors
-    /// [`Misbehaved::WeakKey`] for a public key of low order or not in canonical form, [`Misbehaved::Forged`] if a proof
-    /// does not hold, [`Misbehaved::OverLimit`] for a presence longer than [`MAX_PRESENCE_BYTES`].
+    /// [`Misbehaved::WeakKey`] for a public key of low order or not in canonical form, [`Misbehaved::Forged`] if a
+    /// proof does not hold, [`Misbehaved::OverLimit`] for a presence longer than [`MAX_PRESENCE_BYTES`].
     pub fn verify(self, join: &Join) -> Result<Admitted, Misbehaved> {
         if join.presence.len() > MAX_PRESENCE_BYTES {
             return Err(Misbehaved::OverLimit);

@@ -88,7 +88,8 @@ byte_id! {
 }
 
 byte_id! {
-    /// The right to pull one offered file: 128 random bits, known to the host that offered, the receiver and the caller.
+    /// The right to pull one offered file: 128 random bits, known to the host that offered, the receiver and the
+    /// caller.
     Ticket, 16
 }
 

@@ -14,8 +14,8 @@ pub const MAX_MESSAGE_BYTES: usize = 60 * 1024;
 /// Both streams together, with the outcome around them, stay below [`MAX_MESSAGE_BYTES`].
 pub const INLINE_OUTPUT_BYTES: usize = 28 * 1024;
 
-/// Largest sealed presence, in bytes; a longer one is refused at joining. The most tags of the longest kind need 2.3 KiB
-/// with all else; a well-tagged host needs about 400 bytes.
+/// Largest sealed presence, in bytes; a longer one is refused at joining. The most tags of the longest kind need 2.3
+/// KiB with all else; a well-tagged host needs about 400 bytes.
 pub const MAX_PRESENCE_BYTES: usize = 3 * 1024;
 
 /// Most recipients of one multicast; larger fan-outs are sent as several.

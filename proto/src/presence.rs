@@ -2,9 +2,9 @@
 //!
 //! In: a [`Presence`] and the room's presence key. Out: sealed bytes that the relay keeps and hands on without reading,
 //! and the [`Presence`] again on the other side. A counter inside grows with every sealing, so the relay can withhold a
-//! newer presence but not bring back an older one. The relay has proved to it who joined; the seal binds that identity and
-//! instance, so no presence can be passed off as another's without a member's help.
-//! Bounds: [`MAX_PRESENCE_BYTES`], [`MAX_TAGS`] and their like in [`crate::limits`].
+//! newer presence but not bring back an older one. The relay has proved to it who joined; the seal binds that identity
+//! and instance, so no presence can be passed off as another's without a member's help. Bounds: [`MAX_PRESENCE_BYTES`],
+//! [`MAX_TAGS`] and their like in [`crate::limits`].
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -111,8 +111,8 @@ impl Presence {
     }
 }
 
-/// Whether a text can be a host's name: letters, digits, `.`, `_`, `-`, at most [`MAX_NAME_BYTES`], not starting with `-`
-/// or `.`. So a name is never taken for a flag, a path, or an operator of a target expression.
+/// Whether a text can be a host's name: letters, digits, `.`, `_`, `-`, at most [`MAX_NAME_BYTES`], not starting with
+/// `-` or `.`. So a name is never taken for a flag, a path, or an operator of a target expression.
 pub fn valid_name(text: &str) -> bool {
     is_word(text, MAX_NAME_BYTES)
 }

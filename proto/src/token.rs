@@ -2,8 +2,8 @@
 //!
 //! In: the secret that the room's people share, and the room's name. Out: [`RoomKeys`]. Never keeps the token. A
 //! generated token has 256 bits and is used as it is; a token that a person chose is stretched first, so that guessing
-//! it costs one Argon2id for each guess, even for who recorded all traffic. The room's name is mixed into every key: one
-//! token in two rooms gives two unrelated rooms.
+//! it costs one Argon2id for each guess, even for who recorded all traffic. The room's name is mixed into every key:
+//! one token in two rooms gives two unrelated rooms.
 //!
 //! Bounds: Argon2id with 64 MiB and 3 passes takes about 140 ms, once at start (above OWASP's minimum of 19 MiB and 2
 //! passes; RFC 9106 §4 recommends 64 MiB and 3 passes where 2 GiB are too much).

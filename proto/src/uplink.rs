@@ -1,7 +1,7 @@
 //! The life of one instance's connection to the relay, and who it says is in the room.
 //!
-//! In: what the connection brings (`handle_*`) and `now`. Out: frames and pings to send, and [`Event`]s: connect, drop the
-//! connection, who came, moved or went. Never gives up: every end leads to another try after a pause.
+//! In: what the connection brings (`handle_*`) and `now`. Out: frames and pings to send, and [`Event`]s: connect, drop
+//! the connection, who came, moved or went. Never gives up: every end leads to another try after a pause.
 //!
 //! ```text
 //! Waiting ──pause over──▶ Connecting ──upgraded──▶ Joining ──Welcome──▶ Joined
@@ -9,11 +9,11 @@
 //!    └──────── refused, closed, silent or drained: jittered back-off ──────┘
 //! ```
 //!
-//! Members are told apart by instance, not by slot: after a rejoin only those that really went are reported as gone, and
-//! an instance that came back before its old connection was reaped has simply moved. An instance id belongs to the
-//! identity that was first seen with it, for as long as that one is known: nobody takes the place of another.
-//! Bounds: pauses [`REJOIN_MIN`] to [`REJOIN_MAX`]; silence [`DEAD_AFTER`]; members [`MAX_MEMBERS`], each with a presence of
-//! at most [`MAX_PRESENCE_BYTES`].
+//! Members are told apart by instance, not by slot: after a rejoin only those that really went are reported as gone,
+//! and an instance that came back before its old connection was reaped has simply moved. An instance id belongs to the
+//! identity that was first seen with it, for as long as that one is known: nobody takes the place of another. Bounds:
+//! pauses [`REJOIN_MIN`] to [`REJOIN_MAX`]; silence [`DEAD_AFTER`]; members [`MAX_MEMBERS`], each with a presence of at
+//! most [`MAX_PRESENCE_BYTES`].
 
 use std::{
     collections::VecDeque,
@@ -285,7 +285,8 @@ impl Uplink {
     fn handle_drain(&mut self, jitter_ms: u32, now: Instant, rng: &mut impl CryptoRng) {
         let jitter = Duration::from_millis(jitter_ms.into()).min(REJOIN_MAX);
         self.break_off(LostReason::Drained, now, rng);
-        // The back-off stays the least: a relay that drains everybody at once, over and over, is not flooded with joins.
+        // The back-off stays the least: a relay that drains everybody at once, over and over, is not flooded with
+        // joins.
         if let State::Waiting { until } = &mut self.state {
             *until = (*until).max(now + random_up_to(jitter, rng));
         }

@@ -1,9 +1,9 @@
 //! Who is in the room, as the relay tells it.
 //!
-//! In: members, leavings and presences of one connection after the other. Out: [`Event`]s about instances. A hostile relay
-//! can hide members or invent some, who then can prove nothing; a hostile member cannot take another's place.
-//! Told → known, or kept aside while another identity is known by the same instance id → gone.
-//! Bounds: [`MAX_MEMBERS`] of this connection, and as many of those before.
+//! In: members, leavings and presences of one connection after the other. Out: [`Event`]s about instances. A hostile
+//! relay can hide members or invent some, who then can prove nothing; a hostile member cannot take another's place.
+//! Told → known, or kept aside while another identity is known by the same instance id → gone. Bounds: [`MAX_MEMBERS`]
+//! of this connection, and as many of those before.
 
 use std::collections::{BTreeMap, VecDeque};
 
