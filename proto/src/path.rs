@@ -9,11 +9,11 @@
 //! answer was measured) -> `Punching` (checks of the path went unanswered for [`direct::GRACE`]). New candidates or a changed
 //! interface begin a new round at once, in either state. Rounds are not jittered: the two sides' should meet.
 //!
-//! Bounds: [`MAX_CANDIDATES`](crate::limits::MAX_CANDIDATES) and [`MAX_PEER_REFLEXIVE`] pairs, [`check::BUDGET`] checks a pair,
+//! Bounds: [`MAX_CANDIDATES`](crate::limits::MAX_CANDIDATES) and [`pair::MAX_PEER_REFLEXIVE`] pairs, [`check::BUDGET`] checks a pair,
 //! one check in [`PACE`], [`transaction::MAX_WAITING`] unanswered, [`MAX_QUEUED`] datagrams to be sent.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::VecDeque,
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -23,6 +23,7 @@ use crate::stun::{Class, Message, StunFault};
 pub mod candidate;
 pub mod check;
 pub mod direct;
+pub mod pair;
 pub mod reflexive;
 pub mod score;
 pub mod transaction;
@@ -31,10 +32,9 @@ pub use candidate::{Candidate, CandidateKind, Reach};
 pub use check::{CheckKey, Role};
 pub use reflexive::{Reflexive, ReflexiveEvent};
 
-use candidate::Local;
-use check::{Codec, Plan};
+use check::Codec;
 use direct::Current;
-use score::Score;
+use pair::Pairs;
 use transaction::{Transactions, Unasked};
 
 /// Time between two checks of one agent: 200 in a second, which no home router minds.
@@ -54,15 +54,8 @@ pub const UPGRADE: Duration = Duration::from_secs(60);
 /// [`score::HYSTERESIS`].
 pub const GOOD_ENOUGH: Duration = score::HYSTERESIS;
 
-/// Most addresses learnt from checks that came from them, beside the candidates. Beyond it checks are answered, but the
-/// address is not checked. A NAT shows one or two; only two NATs that map every pair anew would show ever more.
-pub const MAX_PEER_REFLEXIVE: usize = 8;
-
 /// Most datagrams that wait for `poll_transmit`; checks that come beyond it are not answered.
 pub const MAX_QUEUED: usize = 64;
-
-/// Age beyond which a measured round trip is replaced rather than smoothed by the next one.
-const RTT_FRESH: Duration = Duration::from_secs(10);
 
 /// What an [`Agent`] is made of.
 #[derive(Debug)]
@@ -139,11 +132,8 @@ pub enum Ignored {
 /// are set.
 #[derive(Debug)]
 pub struct Agent {
-    // What the two sides said.
-    local: Local,
-    remote: BTreeMap<SocketAddr, CandidateKind>,
-    pairs: BTreeMap<SocketAddr, Pair>,
     // Where things stand.
+    pairs: Pairs,
     state: State,
     codec: Codec,
     transactions: Transactions,
@@ -155,40 +145,25 @@ pub struct Agent {
     now: Instant,
 }
 
-/// An address of the other side, and what checking it brought.
-#[derive(Debug)]
-struct Pair {
-    kind: CandidateKind,
-    plan: Plan,
-    proof: Option<Proof>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Proof {
-    rtt: Duration,
-    at: Instant,
-}
-
 #[derive(Debug)]
 enum State {
-    Punching(Rounds),
+    Punching { next_round: Instant, pause: Duration },
     Direct { current: Current, next_upgrade: Instant },
 }
 
-#[derive(Debug)]
-struct Rounds {
-    next: Instant,
-    pause: Duration,
+impl State {
+    /// The first round begins now.
+    fn punching(now: Instant) -> Self {
+        Self::Punching { next_round: now + ROUND_MIN, pause: ROUND_MIN * 2 }
+    }
 }
 
 impl Agent {
     /// An agent without candidates.
     pub fn new(config: Config, now: Instant) -> Self {
         Self {
-            local: Local::default(),
-            remote: BTreeMap::new(),
-            pairs: BTreeMap::new(),
-            state: State::Punching(Rounds { next: now, pause: ROUND_MIN }),
+            pairs: Pairs::default(),
+            state: State::punching(now),
             codec: Codec::new(&config.key, config.role),
             transactions: Transactions::new(config.seed),
             pace: now,
@@ -200,10 +175,7 @@ impl Agent {
 
     /// Our own candidates, in place of those before. If they differ, everything is checked anew.
     pub fn set_local(&mut self, candidates: Vec<Candidate>, now: Instant) {
-        let local = Local::new(&candidates);
-        if local != self.local {
-            self.local = local;
-            self.rebuild_pairs(now);
+        if self.pairs.set_local(&candidates, self.current(), now) {
             self.restart(now);
         }
     }
@@ -211,25 +183,19 @@ impl Agent {
     /// The other side's candidates, in place of those before. New ones are checked at once, and while there is no direct
     /// path the others too.
     pub fn set_remote(&mut self, candidates: Vec<Candidate>, now: Instant) {
-        let remote = candidate::admit(&candidates);
-        if remote == self.remote {
-            return;
-        }
-        self.remote = remote;
-        self.rebuild_pairs(now);
-        match self.state {
-            State::Punching(_) => self.restart(now),
-            State::Direct { .. } => self.drive(now),
+        if self.pairs.set_remote(&candidates, self.current(), now) {
+            match self.state {
+                State::Punching { .. } => self.restart(now),
+                State::Direct { .. } => self.drive(now),
+            }
         }
     }
 
     /// Checks everything anew: an interface changed, or the other side says that its did.
     pub fn restart(&mut self, now: Instant) {
-        for pair in self.pairs.values_mut() {
-            pair.plan.begin(now);
-        }
+        self.pairs.begin_all(now);
         match &mut self.state {
-            State::Punching(rounds) => *rounds = Rounds { next: now + ROUND_MIN, pause: ROUND_MIN * 2 },
+            State::Punching { .. } => self.state = State::punching(now),
             State::Direct { next_upgrade, .. } => *next_upgrade = now + UPGRADE,
         }
         self.drive(now);
@@ -261,7 +227,7 @@ impl Agent {
 
     /// Other packets came from `from`. They prove nothing, for anybody can send them; they only put off suspicion.
     pub fn on_received(&mut self, from: SocketAddr, now: Instant) {
-        if self.pairs.contains_key(&candidate::canonical(from))
+        if self.pairs.contains(&candidate::canonical(from))
             && let State::Direct { current, .. } = &mut self.state
         {
             current.on_received();
@@ -271,10 +237,9 @@ impl Agent {
 
     /// The path to send on; `None` is by way of the relay.
     pub fn path(&self) -> Option<Direct> {
-        let State::Direct { current, .. } = &self.state else { return None };
-        let proof = self.pairs.get(&current.addr).and_then(|pair| pair.proof);
-        let proof = proof.expect("the current pair is never removed, and was proved");
-        Some(Direct { addr: current.addr, rtt: proof.rtt })
+        let addr = self.current()?;
+        let rtt = self.pairs.rtt(&addr).expect("the path taken was proved, and its pair stays while it is taken");
+        Some(Direct { addr, rtt })
     }
 
     /// What to send.
@@ -292,15 +257,16 @@ impl Agent {
         if self.changed || !self.outbox.is_empty() {
             return Some(self.now);
         }
-        let check = self.pairs.values().filter_map(|pair| pair.plan.due()).min().map(|due| due.max(self.pace));
-        let state = match &self.state {
-            State::Punching(rounds) => (!self.pairs.is_empty()).then_some(rounds.next),
-            State::Direct { current, next_upgrade } => {
-                let wake = current.next_wake(self.rtt(&current.addr), self.is_planned(&current.addr));
-                Some(wake.map_or(*next_upgrade, |wake| wake.min(*next_upgrade)))
-            }
+        let check = self.pairs.next_due().map(|due| due.max(self.pace));
+        let watch = self
+            .path()
+            .zip(self.watched())
+            .and_then(|(path, current)| current.next_wake(path.rtt, self.pairs.is_planned(&path.addr)));
+        let round = match &self.state {
+            State::Punching { next_round, .. } => (!self.pairs.is_empty()).then_some(*next_round),
+            State::Direct { next_upgrade, .. } => Some(*next_upgrade),
         };
-        [check, state].into_iter().flatten().min()
+        [check, watch, round].into_iter().flatten().min()
     }
 
     /// The time is now.
@@ -341,38 +307,16 @@ impl Agent {
 
     /// The other side can send from there: can we send to there?
     fn check_back(&mut self, from: SocketAddr, now: Instant) {
-        if !self.pairs.contains_key(&from) {
-            if !self.make_room(now) {
-                return;
-            }
-            self.pairs.insert(from, Pair::new(CandidateKind::PeerReflexive));
-        }
-        let pair = self.pairs.get_mut(&from).expect("it was there or was just inserted");
+        let current = self.current();
+        let Some(pair) = self.pairs.learn(from, current, now) else { return };
         match &self.state {
-            State::Punching(_) => pair.plan.ensure(now),
-            State::Direct { current, .. } if current.addr == from => {}
+            State::Punching { .. } => pair.plan.ensure(now),
             State::Direct { .. } => {
-                if pair.proof.is_none_or(|proof| proof.at + RTT_FRESH <= now) {
+                if current != Some(from) && !pair.is_fresh(now) {
                     pair.plan.trigger(now);
                 }
             }
         }
-    }
-
-    /// Whether one more address may be learnt, for which one that proved itself long ago may have to go. Those that never
-    /// did stay until the next round: otherwise two NATs that map every pair anew would chase each other for ever.
-    fn make_room(&mut self, now: Instant) -> bool {
-        let learnt = self.pairs.iter().filter(|(addr, _)| !self.remote.contains_key(*addr));
-        if learnt.clone().count() < MAX_PEER_REFLEXIVE {
-            return true;
-        }
-        let current = self.path().map(|direct| direct.addr);
-        let stale = learnt
-            .filter(|(addr, _)| Some(**addr) != current)
-            .filter_map(|(addr, pair)| pair.proof.map(|proof| (proof.at, *addr)))
-            .min()
-            .filter(|(at, _)| *at + UPGRADE <= now);
-        stale.is_some_and(|(_, addr)| self.pairs.remove(&addr).is_some())
     }
 
     fn handle_answer(&mut self, from: SocketAddr, answer: &Message<'_>, now: Instant) -> Result<Handled, Ignored> {
@@ -398,14 +342,14 @@ impl Agent {
     /// A pair was proved: is it the path to take?
     fn consider(&mut self, addr: SocketAddr, now: Instant) {
         let better = match &mut self.state {
-            State::Punching(_) => true,
+            State::Punching { .. } => true,
             State::Direct { current, .. } if current.addr == addr => {
                 current.answered(now);
                 false
             }
             State::Direct { current, .. } => {
-                let incumbent = current.addr;
-                self.score(&addr).zip(self.score(&incumbent)).is_some_and(|(new, old)| new.displaces(&old))
+                let scores = self.pairs.score(&addr).zip(self.pairs.score(&current.addr));
+                scores.is_some_and(|(new, old)| new.displaces(&old))
             }
         };
         if better {
@@ -414,120 +358,71 @@ impl Agent {
         }
     }
 
-    /// Makes the pairs those that the candidates give, keeping what is known of them. The path taken stays, named or not,
-    /// until its checks say otherwise; so do addresses that were learnt.
-    fn rebuild_pairs(&mut self, now: Instant) {
-        let current = self.path().map(|direct| direct.addr);
-        let (local, remote) = (&self.local, &self.remote);
-        self.pairs.retain(|addr, pair| {
-            let named = remote.contains_key(addr) && local.can_reach(*addr);
-            named || Some(*addr) == current || pair.kind == CandidateKind::PeerReflexive
-        });
-        for (addr, kind) in remote.iter().filter(|(addr, _)| local.can_reach(**addr)) {
-            let pair = self.pairs.entry(*addr).or_insert_with(|| {
-                let mut pair = Pair::new(*kind);
-                pair.plan.begin(now);
-                pair
-            });
-            pair.kind = *kind;
-        }
-    }
-
     /// Does what is due, and queues the checks to send.
     fn drive(&mut self, now: Instant) {
         self.now = self.now.max(now);
         match &mut self.state {
-            State::Punching(rounds) if rounds.next <= now => {
-                *rounds = Rounds { next: now + rounds.pause, pause: (rounds.pause * 2).min(ROUND_MAX) };
-                self.begin_round(now);
+            State::Punching { next_round, pause } if *next_round <= now => {
+                *next_round = now + *pause;
+                *pause = (*pause * 2).min(ROUND_MAX);
+                self.pairs.forget_unproved();
+                self.pairs.begin_all(now);
             }
-            State::Punching(_) => {}
+            State::Punching { .. } => {}
             State::Direct { .. } => self.watch(now),
         }
-        self.send_checks(now);
-    }
-
-    fn begin_round(&mut self, now: Instant) {
-        let remote = &self.remote;
-        self.pairs.retain(|addr, pair| remote.contains_key(addr) || pair.proof.is_some());
-        for pair in self.pairs.values_mut() {
-            pair.plan.begin(now);
-        }
+        self.send_check(now);
     }
 
     /// Looks after the path taken.
     fn watch(&mut self, now: Instant) {
         let Some(path) = self.path() else { return };
-        let wide = self.local.reach(path.addr) == Reach::Wide;
         let State::Direct { current, next_upgrade } = &mut self.state else { return };
         if current.is_lost(now) {
-            self.state = State::Punching(Rounds { next: now + ROUND_MIN, pause: ROUND_MIN * 2 });
+            self.state = State::punching(now);
             self.changed = true;
-            self.begin_round(now);
+            self.pairs.forget_unproved();
+            self.pairs.begin_all(now);
             return;
         }
         if current.wants_check(path.rtt, now)
+            && !self.pairs.is_planned(&path.addr)
             && let Some(pair) = self.pairs.get_mut(&path.addr)
-            && pair.plan.due().is_none()
         {
             pair.plan.trigger(now);
         }
         if *next_upgrade <= now {
             *next_upgrade = now + UPGRADE;
-            let others = self.pairs.iter_mut().filter(|(addr, _)| **addr != path.addr);
-            if wide || path.rtt > GOOD_ENOUGH {
-                others.for_each(|(_, pair)| pair.plan.trigger(now));
+            self.pairs.forget_unproved();
+            if self.pairs.reach(&path.addr) == Reach::Wide || path.rtt > GOOD_ENOUGH {
+                self.pairs.trigger_others(path.addr, now);
             }
         }
     }
 
-    fn send_checks(&mut self, now: Instant) {
+    fn send_check(&mut self, now: Instant) {
         if self.pace > now {
             return;
         }
-        let due = self.pairs.iter().filter_map(|(addr, pair)| Some((pair.plan.due()?, addr, pair.kind)));
-        let first = due
-            .filter(|(due, ..)| *due <= now)
-            .min_by_key(|(due, addr, kind)| (*due, self.local.reach(**addr), addr.is_ipv4(), *kind, **addr));
-        let Some((_, &to, _)) = first else { return };
+        let Some(to) = self.pairs.take_due(now) else { return };
         let bytes = self.codec.request(self.transactions.begin(to, now));
         self.outbox.push_back(Transmit { to, bytes });
         self.pace = now + PACE;
-        self.pairs.get_mut(&to).expect("it was found above").plan.sent(now);
         if let State::Direct { current, .. } = &mut self.state
             && current.addr == to
         {
-            current.checked(
-                self.pairs.get(&to).and_then(|pair| pair.proof).map_or(Duration::ZERO, |proof| proof.rtt),
-                now,
-            );
+            current.checked(self.pairs.rtt(&to).unwrap_or_default(), now);
         }
     }
 
-    fn rtt(&self, addr: &SocketAddr) -> Duration {
-        self.pairs.get(addr).and_then(|pair| pair.proof).map_or(Duration::ZERO, |proof| proof.rtt)
+    fn watched(&self) -> Option<&Current> {
+        match &self.state {
+            State::Punching { .. } => None,
+            State::Direct { current, .. } => Some(current),
+        }
     }
 
-    fn is_planned(&self, addr: &SocketAddr) -> bool {
-        self.pairs.get(addr).is_some_and(|pair| pair.plan.due().is_some())
-    }
-
-    fn score(&self, addr: &SocketAddr) -> Option<Score> {
-        let pair = self.pairs.get(addr)?;
-        Some(Score::new(*addr, pair.kind, self.local.reach(*addr), pair.proof?.rtt))
-    }
-}
-
-impl Pair {
-    fn new(kind: CandidateKind) -> Self {
-        Self { kind, plan: Plan::default(), proof: None }
-    }
-
-    fn proved(&mut self, sample: Duration, now: Instant) {
-        let rtt = match self.proof {
-            Some(proof) if proof.at + RTT_FRESH > now => (proof.rtt * 7 + sample) / 8,
-            _ => sample,
-        };
-        self.proof = Some(Proof { rtt, at: now });
+    fn current(&self) -> Option<SocketAddr> {
+        self.watched().map(|current| current.addr)
     }
 }

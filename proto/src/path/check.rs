@@ -9,7 +9,7 @@
 //! Bounds: [`BUDGET`] checks of a pair in [`BUDGET_WINDOW`], `HEARD_WINDOW` numbers remembered.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -165,15 +165,18 @@ struct Heard {
 
 impl Heard {
     fn accept(&mut self, number: u64) -> bool {
-        let next = self.highest.map_or(0, |highest| highest.saturating_add(1));
-        if number >= next {
-            let forgotten = (number - next).min(HEARD_WINDOW);
-            for skipped in number - forgotten..=number {
-                self.clear(skipped);
+        match self.highest {
+            Some(highest) if number <= highest => {
+                if highest - number >= HEARD_WINDOW {
+                    return false;
+                }
             }
-            self.highest = Some(number);
-        } else if next - number > HEARD_WINDOW {
-            return false;
+            lower => {
+                let skipped = lower.map_or(HEARD_WINDOW, |lower| (number - lower).min(HEARD_WINDOW));
+                // Places repeat every HEARD_WINDOW, which divides 2^64: below 0 they are those at the top.
+                (0..skipped).for_each(|back| self.clear(number.wrapping_sub(back)));
+                self.highest = Some(number);
+            }
         }
         self.mark(number)
     }
@@ -201,8 +204,6 @@ impl Heard {
 pub(super) struct Plan {
     burst: Option<Burst>,
     triggered: Option<Instant>,
-    /// Times of the newest checks, oldest first; at most [`BUDGET`].
-    sent: VecDeque<Instant>,
 }
 
 #[derive(Debug)]
@@ -229,21 +230,14 @@ impl Plan {
         self.triggered.get_or_insert(now);
     }
 
-    /// When the next check is to be sent.
+    /// When the next check is wanted.
     pub(super) fn due(&self) -> Option<Instant> {
         let step = self.burst.as_ref().map(|burst| burst.began + BURST[burst.step]);
-        let wanted = [step, self.triggered].into_iter().flatten().min()?;
-        let spent = self.sent.len() == BUDGET;
-        let allowed = self.sent.front().filter(|_| spent).map(|oldest| *oldest + BUDGET_WINDOW);
-        Some(allowed.map_or(wanted, |allowed| wanted.max(allowed)))
+        [step, self.triggered].into_iter().flatten().min()
     }
 
     /// A check was sent. Steps of the burst that it comes too late for count as taken.
     pub(super) fn sent(&mut self, now: Instant) {
-        if self.sent.len() == BUDGET {
-            self.sent.pop_front();
-        }
-        self.sent.push_back(now);
         self.triggered = None;
         if let Some(burst) = &mut self.burst {
             burst.step = BURST.partition_point(|offset| burst.began + *offset <= now);
@@ -251,5 +245,81 @@ impl Plan {
                 self.burst = None;
             }
         }
+    }
+}
+
+/// What was spent of each address's [`BUDGET`]: it outlives the pair, which may be forgotten and learnt again.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    /// Times of the newest checks, oldest first; at most [`BUDGET`] an address.
+    spent: BTreeMap<SocketAddr, VecDeque<Instant>>,
+}
+
+impl Ledger {
+    /// When a check that is wanted at `wanted` may be sent.
+    pub(super) fn allowed(&self, to: &SocketAddr, wanted: Instant) -> Instant {
+        let spent = self.spent.get(to).filter(|spent| spent.len() == BUDGET);
+        let renewed = spent.and_then(VecDeque::front).map(|oldest| *oldest + BUDGET_WINDOW);
+        renewed.map_or(wanted, |renewed| wanted.max(renewed))
+    }
+
+    /// A check was sent.
+    pub(super) fn spend(&mut self, to: SocketAddr, now: Instant) {
+        self.spent.retain(|_, spent| spent.back().is_some_and(|newest| *newest + BUDGET_WINDOW > now));
+        let spent = self.spent.entry(to).or_default();
+        if spent.len() == BUDGET {
+            spent.pop_front();
+        }
+        spent.push_back(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn codecs() -> [Codec; 2] {
+        let key = CheckKey::agree(&[1; 32], &[2; 32]);
+        [Role::Controlling, Role::Controlled].map(|role| Codec::new(&key, role))
+    }
+
+    #[test]
+    fn a_number_counts_once_whatever_the_order() {
+        let mut heard = Heard::default();
+        let numbers = [0, 3, 1, 2, 700, 699, 189, 5000, 4489];
+        assert!(numbers.into_iter().all(|number| heard.accept(number)));
+        assert!(!numbers.into_iter().any(|number| heard.accept(number)));
+        assert!(!heard.accept(5000 - HEARD_WINDOW), "too late to tell");
+        assert!(heard.accept(5000 - HEARD_WINDOW + 2));
+        assert!(heard.accept(u64::MAX) && !heard.accept(u64::MAX) && heard.accept(u64::MAX - 1));
+    }
+
+    #[test]
+    fn a_check_is_the_other_sides_alone() {
+        let [mut one, other] = codecs();
+        let bytes = one.request(TransactionId([3; 12]));
+        let check = Message::parse(&bytes).unwrap();
+        assert!(other.is_addressed(&check) && other.is_authentic(&check));
+        assert!(!one.is_addressed(&check) && !one.is_authentic(&check));
+    }
+
+    #[test]
+    fn an_answer_is_not_longer_than_a_check() {
+        let [mut one, other] = codecs();
+        let check = one.request(TransactionId([3; 12]));
+        assert!(other.answer(TransactionId([3; 12]), "[2001:db8::1]:9".parse().unwrap()).len() <= check.len());
+    }
+
+    #[test]
+    fn shares_in_another_order_are_another_key() {
+        let swapped = Codec::new(&CheckKey::agree(&[2; 32], &[1; 32]), Role::Controlled);
+        let bytes = codecs()[0].request(TransactionId([3; 12]));
+        assert!(!swapped.is_authentic(&Message::parse(&bytes).unwrap()));
+    }
+
+    #[test]
+    fn nothing_secret_is_printed() {
+        assert_eq!(format!("{:?}", CheckKey([0xAB; 32])), "CheckKey(…)");
+        assert!(!format!("{:?}", codecs()[0]).contains("171"));
     }
 }

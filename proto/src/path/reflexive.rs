@@ -106,12 +106,18 @@ impl Reflexive {
         self.drive(now);
     }
 
-    /// Forgets what was found and asks anew: an interface changed. After a path was lost it costs nothing either.
-    pub fn restart(&mut self, now: Instant) {
+    /// Asks anew: a path was lost, and perhaps because the NAT forgot us.
+    pub fn refresh(&mut self, now: Instant) {
         for responder in self.responders.values_mut() {
-            *responder = Responder { state: State::asking(now, RETRY_MIN), seen: None };
+            responder.state = State::asking(now, RETRY_MIN);
         }
         self.drive(now);
+    }
+
+    /// Forgets what was found and asks anew: an interface changed.
+    pub fn restart(&mut self, now: Instant) {
+        self.responders.values_mut().for_each(|responder| responder.seen = None);
+        self.refresh(now);
     }
 
     /// Takes a datagram whose first byte says STUN; [`Ignored::NotOurs`] if it may be an agent's.

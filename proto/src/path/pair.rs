@@ -1,0 +1,206 @@
+//! Pairs: the addresses of the other side that are checked, and what checking them brought.
+//!
+//! In: both sides' candidates, addresses that checks came from, proofs. Out: which pair to check when, and their scores. It
+//! sends nothing. A pair is what we send to: which of our addresses a packet leaves from is the system's choice.
+//! A pair is named (a candidate of the other side) or learnt (a check came from it), and proved or not yet.
+//! Bounds: [`MAX_CANDIDATES`](crate::limits::MAX_CANDIDATES) named, [`MAX_PEER_REFLEXIVE`] learnt.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use super::{
+    candidate::{self, Candidate, CandidateKind, Local, Reach},
+    check::{Ledger, Plan},
+    score::Score,
+};
+
+/// Most addresses learnt from checks that came from them, beside the candidates. Beyond it checks are answered, but the
+/// address is not checked. A NAT shows one or two; only two NATs that map every pair anew would show ever more.
+pub const MAX_PEER_REFLEXIVE: usize = 8;
+
+/// Age beyond which a measured round trip is replaced rather than smoothed by the next one.
+const RTT_FRESH: Duration = Duration::from_secs(10);
+
+/// Age of its proof beyond which a learnt address makes room for another.
+const STALE: Duration = Duration::from_secs(60);
+
+/// An address of the other side, and what checking it brought.
+#[derive(Debug)]
+pub(super) struct Pair {
+    /// How the address is known.
+    pub(super) kind: CandidateKind,
+    /// When it is checked.
+    pub(super) plan: Plan,
+    proof: Option<Proof>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Proof {
+    rtt: Duration,
+    at: Instant,
+}
+
+impl Pair {
+    fn new(kind: CandidateKind) -> Self {
+        Self { kind, plan: Plan::default(), proof: None }
+    }
+
+    /// Whether it was proved lately.
+    pub(super) fn is_fresh(&self, now: Instant) -> bool {
+        self.proof.is_some_and(|proof| proof.at + RTT_FRESH > now)
+    }
+
+    /// A check of it was answered after `sample`.
+    pub(super) fn proved(&mut self, sample: Duration, now: Instant) {
+        let rtt = match self.proof {
+            Some(proof) if self.is_fresh(now) => (proof.rtt * 7 + sample) / 8,
+            _ => sample,
+        };
+        self.proof = Some(Proof { rtt, at: now });
+    }
+}
+
+/// All pairs of one agent.
+#[derive(Debug, Default)]
+pub(super) struct Pairs {
+    local: Local,
+    remote: BTreeMap<SocketAddr, CandidateKind>,
+    pairs: BTreeMap<SocketAddr, Pair>,
+    ledger: Ledger,
+}
+
+impl Pairs {
+    /// Our own candidates; says whether they are others than before. `current` is the path taken.
+    pub(super) fn set_local(&mut self, candidates: &[Candidate], current: Option<SocketAddr>, now: Instant) -> bool {
+        let local = Local::new(candidates);
+        let differs = local != self.local;
+        self.local = local;
+        self.rebuild(current, now);
+        differs
+    }
+
+    /// The other side's candidates; says whether they are others than before. New ones are checked.
+    pub(super) fn set_remote(&mut self, candidates: &[Candidate], current: Option<SocketAddr>, now: Instant) -> bool {
+        let remote = candidate::admit(candidates);
+        let differs = remote != self.remote;
+        self.remote = remote;
+        self.rebuild(current, now);
+        differs
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pairs.is_empty()
+    }
+
+    pub(super) fn contains(&self, addr: &SocketAddr) -> bool {
+        self.pairs.contains_key(addr)
+    }
+
+    pub(super) fn get_mut(&mut self, addr: &SocketAddr) -> Option<&mut Pair> {
+        self.pairs.get_mut(addr)
+    }
+
+    /// The pair of an address that a check came from, learnt if there is room. `current` is the path taken.
+    pub(super) fn learn(&mut self, from: SocketAddr, current: Option<SocketAddr>, now: Instant) -> Option<&mut Pair> {
+        if !self.contains(&from) && !self.make_room(current, now) {
+            return None;
+        }
+        Some(self.pairs.entry(from).or_insert_with(|| Pair::new(CandidateKind::PeerReflexive)))
+    }
+
+    /// Begins a burst of every pair.
+    pub(super) fn begin_all(&mut self, now: Instant) {
+        self.pairs.values_mut().for_each(|pair| pair.plan.begin(now));
+    }
+
+    /// Adds one check of every pair but this.
+    pub(super) fn trigger_others(&mut self, than: SocketAddr, now: Instant) {
+        let others = self.pairs.iter_mut().filter(|(addr, _)| **addr != than);
+        others.for_each(|(_, pair)| pair.plan.trigger(now));
+    }
+
+    /// Drops the addresses that were learnt, checked and never proved, so that others can be learnt.
+    pub(super) fn forget_unproved(&mut self) {
+        let remote = &self.remote;
+        self.pairs.retain(|addr, pair| remote.contains_key(addr) || pair.proof.is_some() || pair.plan.due().is_some());
+    }
+
+    /// When the next check is due.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.due().map(|(due, ..)| due).min()
+    }
+
+    /// The pair to check now, which counts as checked: the longest due, then the nearest.
+    pub(super) fn take_due(&mut self, now: Instant) -> Option<SocketAddr> {
+        let due = self.due().filter(|(due, ..)| *due <= now);
+        let first = due.min_by_key(|(due, addr, kind)| (*due, self.reach(addr), addr.is_ipv4(), *kind, **addr));
+        let to = first.map(|(_, addr, _)| *addr)?;
+        self.ledger.spend(to, now);
+        self.pairs.get_mut(&to)?.plan.sent(now);
+        Some(to)
+    }
+
+    /// Whether a check of this pair is planned already.
+    pub(super) fn is_planned(&self, addr: &SocketAddr) -> bool {
+        self.pairs.get(addr).is_some_and(|pair| pair.plan.due().is_some())
+    }
+
+    /// The smoothed round trip of a pair that was proved.
+    pub(super) fn rtt(&self, addr: &SocketAddr) -> Option<Duration> {
+        self.pairs.get(addr)?.proof.map(|proof| proof.rtt)
+    }
+
+    /// The score of a pair that was proved.
+    pub(super) fn score(&self, addr: &SocketAddr) -> Option<Score> {
+        let kind = self.pairs.get(addr)?.kind;
+        Some(Score::new(*addr, kind, self.reach(addr), self.rtt(addr)?))
+    }
+
+    /// How near an address is.
+    pub(super) fn reach(&self, addr: &SocketAddr) -> Reach {
+        self.local.reach(*addr)
+    }
+
+    fn due(&self) -> impl Iterator<Item = (Instant, &SocketAddr, CandidateKind)> {
+        self.pairs.iter().filter_map(|(addr, pair)| {
+            let wanted = pair.plan.due()?;
+            Some((self.ledger.allowed(addr, wanted), addr, pair.kind))
+        })
+    }
+
+    /// Makes the pairs those that the candidates give, keeping what is known of them. The path taken stays, named or not,
+    /// until its checks say otherwise; so do addresses that were learnt.
+    fn rebuild(&mut self, current: Option<SocketAddr>, now: Instant) {
+        let (local, remote) = (&self.local, &self.remote);
+        self.pairs.retain(|addr, pair| {
+            let named = remote.contains_key(addr) && local.can_reach(*addr);
+            named || Some(*addr) == current || pair.kind == CandidateKind::PeerReflexive
+        });
+        for (addr, kind) in remote.iter().filter(|(addr, _)| local.can_reach(**addr)) {
+            let pair = self.pairs.entry(*addr).or_insert_with(|| {
+                let mut pair = Pair::new(*kind);
+                pair.plan.begin(now);
+                pair
+            });
+            pair.kind = *kind;
+        }
+    }
+
+    /// Whether one more address may be learnt, for which one that proved itself long ago may have to go. Those that never
+    /// did stay until the next round: otherwise two NATs that map every pair anew would chase each other for ever.
+    fn make_room(&mut self, current: Option<SocketAddr>, now: Instant) -> bool {
+        let learnt = self.pairs.iter().filter(|(addr, _)| !self.remote.contains_key(*addr));
+        if learnt.clone().count() < MAX_PEER_REFLEXIVE {
+            return true;
+        }
+        let stale = learnt
+            .filter(|(addr, _)| Some(**addr) != current)
+            .filter_map(|(addr, pair)| pair.proof.map(|proof| (proof.at, *addr)))
+            .min()
+            .filter(|(at, _)| *at + STALE <= now);
+        stale.is_some_and(|(_, addr)| self.pairs.remove(&addr).is_some())
+    }
+}
