@@ -12,10 +12,7 @@
 
 use std::time::Duration;
 
-use aes_gcm::{
-    Aes256Gcm,
-    aead::{Aead, Payload},
-};
+use aes_gcm::aead::{Aead, AeadInOut, Payload};
 
 use self::{
     noise::{Key, TAG_BYTES, cipher, nonce},
@@ -120,9 +117,10 @@ pub fn response(receiver: u32, sender: u32, noise: &[u8]) -> Vec<u8> {
     [&[RESPONSE][..], &receiver.to_be_bytes(), &sender.to_be_bytes(), noise].concat()
 }
 
-/// Seals one direction of a session.
+/// Seals one direction of a session. Keeps the bare key: expanding it costs 0.2 µs a message, a kept cipher 600 bytes of
+/// every session that could not be wiped.
 pub struct SealKey {
-    cipher: Aes256Gcm,
+    key: Key,
     receiver: u32,
     counter: u64,
 }
@@ -130,7 +128,7 @@ pub struct SealKey {
 impl SealKey {
     /// A key whose messages go to the other side's index.
     pub fn new(key: &Key, receiver: u32) -> Self {
-        Self { cipher: cipher(key), receiver, counter: 0 }
+        Self { key: key.clone(), receiver, counter: 0 }
     }
 
     /// Seals the next message; `None` behind [`HARD_LIMIT`].
@@ -142,9 +140,10 @@ impl SealKey {
         message.push(TRANSPORT);
         message.extend(self.receiver.to_be_bytes());
         message.extend(self.counter.to_be_bytes());
-        let payload = Payload { msg: plain, aad: &message };
-        let sealed = self.cipher.encrypt(&nonce(self.counter).into(), payload);
-        message.extend(sealed.expect("a message is far below the cipher's bound"));
+        message.extend(plain);
+        let (header, body) = message.split_at_mut(TRANSPORT_HEADER_BYTES);
+        let tag = cipher(&self.key).encrypt_inout_detached(&nonce(self.counter).into(), header, body.into());
+        message.extend(tag.expect("a message is far below the cipher's bound"));
         self.counter += 1;
         Some(message)
     }
@@ -161,16 +160,16 @@ impl SealKey {
     }
 }
 
-/// Opens one direction of a session.
+/// Opens one direction of a session. Keeps the bare key, as [`SealKey`] does.
 pub struct OpenKey {
-    cipher: Aes256Gcm,
+    key: Key,
     window: ReplayWindow,
 }
 
 impl OpenKey {
     /// A key that has opened nothing yet.
     pub fn new(key: &Key) -> Self {
-        Self { cipher: cipher(key), window: ReplayWindow::default() }
+        Self { key: key.clone(), window: ReplayWindow::default() }
     }
 
     /// Opens a message, each counter once.
@@ -182,7 +181,7 @@ impl OpenKey {
             return Err(Misbehaved::Forged);
         }
         let payload = Payload { msg: ciphertext, aad: header };
-        let plain = self.cipher.decrypt(&nonce(counter).into(), payload).map_err(|_| Misbehaved::Forged)?;
+        let plain = cipher(&self.key).decrypt(&nonce(counter).into(), payload).map_err(|_| Misbehaved::Forged)?;
         self.window.take(counter);
         Ok(plain)
     }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use data_encoding::HEXLOWER;
 use peerfleet_proto::{
     fault::Misbehaved,
     sealed::{
         HARD_LIMIT, OpenKey, SealKey, Sealed, initiation,
-        noise::{Handshake, Initiator, Responder},
+        noise::{Handshake, Identity, Initiator, Responder},
         replay::{ReplayWindow, WINDOW},
         response,
     },
@@ -18,10 +19,51 @@ const PATTERN: &str = "Noise_IKpsk1_25519_AESGCM_SHA256";
 const PROLOGUE: &[u8] = b"a room, two instances and an epoch";
 const PSK: [u8; 32] = [0x42; 32];
 
+/// The vector that the authors of Cacophony published for this pattern.
+#[test]
+fn the_published_vector_comes_out() {
+    let psk = hex("54686973206973206d7920417573747269616e20706572737065637469766521").try_into().unwrap();
+    let initiator = vector_identity("e61ef9919cde45dd5f82166404bd08e38bceb5dfdfded0a34c8df7ed542214d1");
+    let responder = vector_identity("4a3acbfdb163dec651dfa3194dece676d437029c62a408b4c5ea9114246e4893");
+    let first_ephemeral = vector_secret("893e28b9dc6ca8d611ab664754b8ceb7bac5117349a4439a6b0569da977c464a");
+    let second_ephemeral = vector_secret("bbdb4cdbd309f1a1f2e1456967fe288cadd6f712d65dc7b7793d5e63da6b375b");
+    let prologue = hex("4a6f686e2047616c74");
+    let handshake = |identity| Handshake { prologue: &prologue, psk: &psk, identity };
+
+    let payload = hex("4c756477696720766f6e204d69736573");
+    let (waiting, first) =
+        Initiator::begin(&handshake(&initiator), first_ephemeral, responder.public(), &payload).unwrap();
+    let expected = "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c7944cf5aec5a69cc937598c005d3f36940abe166f1ea\
+                    b777e15d8958d533d2d5eca2967c66cfc0788d6197989cac53ecb8e9cb04a2ff8bdf3a9d2bf1897b492c84639583c5486e0205e4\
+                    012ac81400e569cb";
+    assert_eq!(HEXLOWER.encode(&first), expected);
+    let (reading, read) = Responder::read(&handshake(&responder), &first).unwrap();
+    assert_eq!(read, payload);
+
+    let payload = hex("4d757272617920526f746862617264");
+    let (second, keys) = reading.answer(&second_ephemeral, &payload).unwrap();
+    let expected = "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f144808843746e1ca9059ed09501f41b1c01dd32378315c2d7\
+                    54bdc29ced08b435f05259";
+    assert_eq!(HEXLOWER.encode(&second), expected);
+    assert_eq!(waiting.finish(&second).unwrap().0, payload);
+
+    let (mut forward, mut backward) = (OpenKey::new(&keys.forward), OpenKey::new(&keys.backward));
+    for (key, counter, plain, sealed) in [
+        (&mut forward, 0, "462e20412e20486179656b", "232fe1ce5018b3cd1e732e72894d61fc242473f6919344e30e569a"),
+        (&mut backward, 0, "4361726c204d656e676572", "419f5c6e5b039e67e125bcd7fb1cfbb79720ef97e8a3cb2c5a660a"),
+    ] {
+        assert_eq!(key.open(counter, b"", &hex(sealed)), Ok(hex(plain)));
+    }
+    let (plain, sealed) =
+        ("4a65616e2d426170746973746520536179", "086a04808638c811bb91733c7c6df2a475df82dba1ed7af5251cf4e6e13ccf4376");
+    assert_eq!(forward.open(1, b"", &hex(sealed)), Ok(hex(plain)));
+}
+
 #[test]
 fn our_initiator_and_another_responder_understand_each_other() {
     let mut other = snow(7).build_responder().unwrap();
-    let (initiator, first) = Initiator::begin(&ours(&secret(1)), secret(2), &public(7), b"the first request").unwrap();
+    let (initiator, first) =
+        Initiator::begin(&ours(&identity(1)), secret(2), &public(7), b"the first request").unwrap();
     let mut buffer = [0; 1024];
     let len = other.read_message(&first, &mut buffer).unwrap();
     assert_eq!(&buffer[..len], b"the first request");
@@ -38,7 +80,7 @@ fn another_initiator_and_our_responder_understand_each_other() {
     let mut other = snow(1).remote_public_key(&theirs).unwrap().build_initiator().unwrap();
     let mut buffer = [0; 1024];
     let len = other.write_message(b"the first request", &mut buffer).unwrap();
-    let (responder, payload) = Responder::read(&ours(&secret(7)), &buffer[..len]).unwrap();
+    let (responder, payload) = Responder::read(&ours(&identity(7)), &buffer[..len]).unwrap();
     assert_eq!(payload, b"the first request");
     assert_eq!(responder.remote_identity(), &public(1));
     let (second, keys) = responder.answer(&secret(3), b"an answer").unwrap();
@@ -49,9 +91,9 @@ fn another_initiator_and_our_responder_understand_each_other() {
 
 #[test]
 fn another_psk_prologue_or_responder_fails_the_handshake() {
-    let me = secret(1);
+    let me = identity(1);
     let (_, first) = Initiator::begin(&ours(&me), secret(2), &public(7), b"request").unwrap();
-    let right = secret(7);
+    let right = identity(7);
     assert!(Responder::read(&ours(&right), &first).is_ok());
     let wrong = [
         Handshake { psk: &[0; 32], ..ours(&right) },
@@ -65,8 +107,8 @@ fn another_psk_prologue_or_responder_fails_the_handshake() {
 
 #[test]
 fn a_forged_answer_does_not_spoil_the_handshake() {
-    let (initiator, first) = Initiator::begin(&ours(&secret(1)), secret(2), &public(7), b"request").unwrap();
-    let (responder, _) = Responder::read(&ours(&secret(7)), &first).unwrap();
+    let (initiator, first) = Initiator::begin(&ours(&identity(1)), secret(2), &public(7), b"request").unwrap();
+    let (responder, _) = Responder::read(&ours(&identity(7)), &first).unwrap();
     let (second, _) = responder.answer(&secret(3), b"").unwrap();
     for at in 0..second.len() {
         let mut forged = second.clone();
@@ -79,7 +121,7 @@ fn a_forged_answer_does_not_spoil_the_handshake() {
 
 #[test]
 fn a_responder_of_low_order_is_refused() {
-    let refused = Initiator::begin(&ours(&secret(1)), secret(2), &[0; 32], b"request");
+    let refused = Initiator::begin(&ours(&identity(1)), secret(2), &[0; 32], b"request");
     assert_eq!(refused.err(), Some(Misbehaved::WeakKey));
 }
 
@@ -146,7 +188,24 @@ fn public(number: u8) -> [u8; 32] {
     PublicKey::from(&secret(number)).to_bytes()
 }
 
-fn ours(identity: &StaticSecret) -> Handshake<'_> {
+fn hex(text: &str) -> Vec<u8> {
+    HEXLOWER.decode(text.as_bytes()).unwrap()
+}
+
+fn vector_secret(text: &str) -> StaticSecret {
+    let bytes: [u8; 32] = hex(text).try_into().unwrap();
+    StaticSecret::from(bytes)
+}
+
+fn vector_identity(text: &str) -> Identity {
+    Identity::new(vector_secret(text))
+}
+
+fn identity(number: u8) -> Identity {
+    Identity::new(secret(number))
+}
+
+fn ours(identity: &Identity) -> Handshake<'_> {
     Handshake { prologue: PROLOGUE, psk: &PSK, identity }
 }
 
