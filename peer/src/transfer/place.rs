@@ -81,9 +81,9 @@ impl Place {
             let what = format!("the name {} has {} bytes", shown(Path::new(name)), name.len());
             return Err(invalid(what, format!("file systems take at most {NAME_MAX}: give a shorter final name")));
         }
-        let folder = fs::canonicalize(folder).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => no_folder(folder),
-            _ => os_failure("open the folder", folder, &error),
+        let folder = fs::canonicalize(folder).map_err(|error| {
+            let missing = error.kind() == io::ErrorKind::NotFound;
+            if missing { no_folder(folder) } else { os_failure("open the folder", folder, &error) }
         })?;
         Ok(Self { folder, name: name.to_owned() })
     }
@@ -148,6 +148,7 @@ impl From<&fs::Metadata> for Stamp {
 }
 
 /// What an operating system's refusal means to a person.
+#[expect(clippy::wildcard_enum_match_arm, reason = "most of the standard library's kinds have no better hint")]
 pub(super) fn os_failure(doing: &str, path: &Path, error: &io::Error) -> Failure {
     let (kind, hint) = match error.kind() {
         io::ErrorKind::NotFound => (FailureKind::NotFound, "look for it with `ls` on that host"),

@@ -179,9 +179,9 @@ impl OpenSource {
     }
 
     fn read(&self, buffer: &mut Buffer, span: Span) -> Result<(), Failure> {
-        self.file.read_exact_at(buffer.as_mut(), span.offset).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => self.changed(),
-            _ => os_failure("read", &self.path, &error),
+        self.file.read_exact_at(buffer.as_mut(), span.offset).map_err(|error| {
+            let shorter = error.kind() == io::ErrorKind::UnexpectedEof;
+            if shorter { self.changed() } else { os_failure("read", &self.path, &error) }
         })?;
         self.check_unchanged()
     }

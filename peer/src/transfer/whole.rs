@@ -141,9 +141,9 @@ impl Whole {
         }
         let stands = match &waiting.standing {
             Some(standing) => standing.contains(next),
-            None => complete || waiting.stash.len() >= STASH,
+            None => waiting.stash.len() >= STASH,
         };
-        if stands && next < range_count(self.size) { Due::Stands } else { Due::Nothing }
+        if (complete || stands) && next < range_count(self.size) { Due::Stands } else { Due::Nothing }
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -193,6 +193,12 @@ mod tests {
         agrees((0..21).rev(), Whole::of_complete(SIZE, reader(&content)), &content);
         agrees(12..21, Whole::of_complete(SIZE, reader(&content)), &content);
         agrees(0..0, Whole::of_complete(SIZE, reader(&content)), &content);
+    }
+
+    #[test]
+    fn the_hash_of_a_file_that_is_complete_waits_for_no_range() {
+        let content = content();
+        agrees(0..20, Whole::of_partial(SIZE, reader(&content)), &content);
     }
 
     #[test]
