@@ -206,9 +206,9 @@ impl TestPeer {
     /// Why the relay closes; everything before that is passed over.
     pub async fn closing(&mut self) -> ClosingReason {
         loop {
-            match self.frame().await.expect("a reason before the end") {
-                RelayFrame::Control(RelayToPeer::Closing(reason)) => return reason,
-                _ => {}
+            let frame = self.frame().await.expect("a reason before the end");
+            if let RelayFrame::Control(RelayToPeer::Closing(reason)) = frame {
+                return reason;
             }
         }
     }
@@ -216,9 +216,8 @@ impl TestPeer {
     /// The next message and who sent it; words of the relay are passed over.
     pub async fn sealed(&mut self) -> (Slot, Bytes) {
         loop {
-            match self.frame().await.expect("a message before the end") {
-                RelayFrame::Message { from, sealed } => return (from, sealed),
-                _ => {}
+            if let RelayFrame::Message { from, sealed } = self.frame().await.expect("a message before the end") {
+                return (from, sealed);
             }
         }
     }
