@@ -18,6 +18,18 @@ pub const INLINE_OUTPUT_BYTES: usize = 28 * 1024;
 /// KiB with all else; a well-tagged host needs about 400 bytes.
 pub const MAX_PRESENCE_BYTES: usize = 3 * 1024;
 
+/// Output of an attached job that its owner has not yet taken, per stream, in bytes; at the bound the host stops reading
+/// the process. 1 MiB: 100 Mbit/s over a round trip of 80 ms.
+pub const OUTPUT_WINDOW_BYTES: usize = 1024 * 1024;
+
+/// Standard input that the caller has sent and the host has not yet taken, in bytes; beyond it the host ends the stream.
+/// So a host can hear other frames behind input that its process does not read. 256 KiB: four pipes of 64 KiB.
+pub const STDIN_WINDOW_BYTES: usize = 256 * 1024;
+
+/// Largest sealed presence, in bytes; a longer one is refused at joining. Name, tags and services of a well-tagged
+/// host need about 400.
+pub const MAX_PRESENCE_BYTES: usize = 2 * 1024;
+
 /// Most recipients of one multicast; larger fan-outs are sent as several.
 pub const MAX_MULTICAST: usize = 256;
 

@@ -7,6 +7,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::fault::Malformed;
 
+pub(crate) mod bytes;
 pub mod message;
 pub mod relay;
 

@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::Failure;
 use crate::id::{JobId, PeerId};
+#[cfg(doc)]
+use crate::limits::{OUTPUT_WINDOW_BYTES, STDIN_WINDOW_BYTES};
 
 /// What to run and how. The job's id is the id of the request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +64,7 @@ pub struct JobReport {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Captured {
     /// The bytes.
+    #[serde(with = "crate::wire::bytes")]
     pub bytes: Vec<u8>,
     /// How many there were in all, so far.
     pub total: u64,
@@ -130,9 +133,9 @@ pub struct Attached {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromHost {
     /// The next bytes of standard output.
-    Stdout(Vec<u8>),
+    Stdout(#[serde(with = "crate::wire::bytes")] Vec<u8>),
     /// The next bytes of standard error.
-    Stderr(Vec<u8>),
+    Stderr(#[serde(with = "crate::wire::bytes")] Vec<u8>),
     /// Bytes of standard input taken so far: the caller may forget them.
     StdinTaken(u64),
     /// The process no longer reads its standard input.
@@ -143,14 +146,16 @@ pub enum FromHost {
     Pause,
 }
 
-/// What the caller says on an attached stream, each behind a u32 length.
+/// What the caller says on an attached stream, each behind a u32 length. The end of this direction means that the
+/// caller is gone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FromCaller {
-    /// The next bytes of standard input.
-    Stdin(Vec<u8>),
+    /// The next bytes of standard input; at most [`STDIN_WINDOW_BYTES`] beyond what the host has taken.
+    Stdin(#[serde(with = "crate::wire::bytes")] Vec<u8>),
     /// Standard input ends here.
     StdinEnd,
-    /// Output that the caller has passed on, so the host may let go of it.
+    /// Output that the caller has passed on, so the host may let go of it. Said before half of
+    /// [`OUTPUT_WINDOW_BYTES`] is outstanding, or the process is held back.
     Taken {
         /// Bytes of standard output.
         stdout: u64,
