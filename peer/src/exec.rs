@@ -324,8 +324,8 @@ impl Engine {
 
     fn end(&self, job: &Job, end: JobEnd) {
         self.known().running -= 1;
+        self.store.job_ended(JobSummary { end: Some(end.clone()), ..job.summary() });
         job.finish(end);
-        self.store.job_ended(job.summary());
     }
 
     /// Waits until the owner of an attached job has its output, or is not expected any more.

@@ -1,5 +1,8 @@
 //! Jobs as callers see them: real processes, streams within this process.
 
+#![expect(clippy::unwrap_used, reason = "a test says by panicking what went wrong")]
+#![expect(clippy::wildcard_enum_match_arm, reason = "any other outcome is the same failure of a test")]
+
 use std::{
     collections::BTreeSet,
     fs,
@@ -36,9 +39,8 @@ use tempfile::TempDir;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_that_ends_at_once_is_answered_with_its_output() {
-    let mut spec = shell("echo out; echo err >&2; exit 7");
-    spec.follow = Follow::Collected;
-    let report = Host::new().run(spec).await;
+    let spec = shell("echo out; echo err >&2; exit 7");
+    let report = Host::new().finish(spec).await;
     assert_eq!(state(&report), &EndState::Exited(7));
     assert_eq!((report.stdout.bytes.as_slice(), report.stderr.bytes.as_slice()), (&b"out\n"[..], &b"err\n"[..]));
 }
@@ -47,14 +49,14 @@ async fn a_command_that_ends_at_once_is_answered_with_its_output() {
 async fn arguments_and_variables_and_output_are_bytes() {
     let mut spec = argv(&[b"sh", b"-c", b"printf '%s|%s|' \"$1\" \"$NAME\"; printf '\\000\\377'", b"-", b"\xFF a'b\n"]);
     spec.env = vec![(b"NAME".to_vec(), b"\xFE=1".to_vec())];
-    let report = Host::new().run(spec).await;
+    let report = Host::new().finish(spec).await;
     assert_eq!(report.stdout.bytes, b"\xFF a'b\n|\xFE=1|\0\xFF");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_runs_where_it_was_told_to_and_reads_no_input() {
     let host = Host::new();
-    let report = host.run(host.inside(shell("pwd; cat"))).await;
+    let report = host.finish(host.inside(shell("pwd; cat"))).await;
     let folder = host.folder.path().canonicalize().unwrap();
     assert_eq!(report.stdout.bytes, format!("{}\n", folder.display()).into_bytes());
     assert_eq!(state(&report), &EndState::Exited(0));
@@ -62,7 +64,7 @@ async fn a_command_runs_where_it_was_told_to_and_reads_no_input() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signal_is_an_end_state_of_its_own() {
-    let report = Host::new().run(shell("kill -9 $$")).await;
+    let report = Host::new().finish(shell("kill -9 $$")).await;
     assert_eq!(state(&report), &EndState::Signalled(9));
 }
 
@@ -70,8 +72,7 @@ async fn a_signal_is_an_end_state_of_its_own() {
 async fn a_timeout_ends_the_whole_group_even_where_it_will_not_hear() {
     let mut spec = shell("trap '' TERM; (trap '' TERM; sleep 1000) & echo $! $$; while :; do sleep 1000; done");
     spec.timeout = Some(Duration::from_millis(300));
-    spec.follow = Follow::Collected;
-    let report = Host::new().run(spec).await;
+    let report = Host::new().finish(spec).await;
     assert_eq!(state(&report), &EndState::TimedOut);
     assert!(report.end.unwrap().duration >= Duration::from_millis(300));
     assert_none_alive(&report.stdout.bytes).await;
@@ -81,8 +82,7 @@ async fn a_timeout_ends_the_whole_group_even_where_it_will_not_hear() {
 async fn a_process_that_hears_its_timeout_may_still_say_something() {
     let mut spec = shell("trap 'echo bye; exit 3' TERM; echo hello; sleep 1000 & wait");
     spec.timeout = Some(Duration::from_millis(300));
-    spec.follow = Follow::Collected;
-    let report = Host::new().run(spec).await;
+    let report = Host::new().finish(spec).await;
     assert_eq!((state(&report), report.stdout.bytes.as_slice()), (&EndState::TimedOut, &b"hello\nbye\n"[..]));
 }
 
@@ -151,19 +151,17 @@ async fn rejects_what_contradicts_itself() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_left_in_the_group_holds_up_no_end_and_is_ended() {
-    let mut spec = shell("sleep 1000 & echo $!");
-    spec.follow = Follow::Collected;
-    let report = Host::new().run(spec).await;
+    let spec = shell("sleep 1000 & echo $!");
+    let report = Host::new().finish(spec).await;
     assert_eq!(state(&report), &EndState::Exited(0));
     assert_none_alive(&report.stdout.bytes).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_left_the_group_holds_up_no_end() {
-    let mut spec = shell("setsid sleep 20 &");
-    spec.follow = Follow::Collected;
+    let spec = shell("setsid sleep 20 &");
     let began = Instant::now();
-    let report = Host::new().run(spec).await;
+    let report = Host::new().finish(spec).await;
     assert_eq!(state(&report), &EndState::Exited(0));
     assert!(began.elapsed() < Duration::from_secs(15));
 }
@@ -171,9 +169,8 @@ async fn a_process_that_left_the_group_holds_up_no_end() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_outside_the_group_that_never_stops_writing_holds_up_no_end() {
     let host = Host::new();
-    let mut spec = host.inside(shell("setsid sh -c 'echo $$ > pid; exec yes' & while ! test -s pid; do :; done"));
-    spec.follow = Follow::Collected;
-    host.run(spec).await;
+    let spec = host.inside(shell("setsid sh -c 'echo $$ > pid; exec yes' & while ! test -s pid; do :; done"));
+    host.finish(spec).await;
     // Nobody reads it any more: the closed pipe ends it.
     assert_none_alive(&fs::read(host.folder.path().join("pid")).unwrap()).await;
 }
@@ -200,7 +197,7 @@ async fn a_job_inherits_no_descriptor_of_the_peer() {
     let mut allowed = inherited_descriptors();
     // Its own three, and the folder that it lists.
     allowed.extend(["0", "1", "2", "3"].map(String::from));
-    let report = host.run(argv(&[b"ls", b"/proc/self/fd"])).await;
+    let report = host.finish(argv(&[b"ls", b"/proc/self/fd"])).await;
     let text = String::from_utf8(report.stdout.bytes).unwrap();
     assert_eq!(text.lines().filter(|line| !allowed.contains(*line)).collect::<Vec<_>>(), Vec::<&str>::new());
 }
@@ -258,9 +255,8 @@ async fn a_process_decides_what_an_interrupt_does() {
 #[tokio::test(flavor = "multi_thread")]
 async fn collected_output_is_bounded_and_says_where_it_begins() {
     let host = Host::configured(|config| config.spool_bytes = 1024 * 1024);
-    let mut spec = shell("yes | head -c 20000000");
-    spec.follow = Follow::Collected;
-    let report = host.run(spec).await;
+    let spec = shell("yes | head -c 20000000");
+    let report = host.finish(spec).await;
     assert_eq!((report.stdout.total, report.stdout.bytes.len()), (20_000_000, INLINE_OUTPUT_BYTES));
     assert!(report.stdout.is_truncated());
     let mut viewer = host.attach(viewer(report.job)).await;
@@ -272,9 +268,8 @@ async fn collected_output_is_bounded_and_says_where_it_begins() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_disk_the_newest_output_stays() {
     let host = Host::configured(|config| config.folder = PathBuf::from("/no/such/folder"));
-    let mut spec = shell("yes | head -c 3000000");
-    spec.follow = Follow::Collected;
-    let report = host.run(spec).await;
+    let spec = shell("yes | head -c 3000000");
+    let report = host.finish(spec).await;
     let mut viewer = host.attach(viewer(report.job)).await;
     let from = viewer.attached.stdout_from;
     assert!(from > 0 && from < 3_000_000, "{from}");
@@ -451,7 +446,8 @@ async fn an_id_of_an_earlier_process_runs_no_more_and_what_ran_then_is_lost() {
         spec
     };
     host.jobs.exec(caller(1), id, spec()).await;
-    let later = Host { jobs: Jobs::new(host.store.clone(), host.config.clone()), ..host.clone() };
+    let mut later = host.clone();
+    later.jobs = Jobs::new(host.store.clone(), host.config.clone());
     assert_eq!(later.jobs.recover().await.unwrap(), 1);
     let Outcome::Job(report) = later.jobs.exec(caller(1), id, spec()).await else { panic!("it is known") };
     assert_eq!(state(&report), &EndState::Lost);
@@ -468,7 +464,7 @@ async fn one_job_too_many_is_refused_until_one_ends() {
     let outcome = host.jobs.exec(caller(1), fresh_id(), argv(&[b"true"])).await;
     assert_eq!(failure(outcome).kind, FailureKind::Busy);
     host.jobs.cancel(job).await;
-    assert_eq!(host.run(argv(&[b"true"])).await.job, host.listed().await[0].job);
+    assert_eq!(host.finish(argv(&[b"true"])).await.job, host.listed().await[0].job);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -500,7 +496,7 @@ async fn a_list_of_many_jobs_fits_an_answer_and_keeps_those_that_run() {
     let running = host.start(argv(&[b"sleep", b"1000"])).await;
     let long = format!(": {}", "x".repeat(500));
     for _ in 0..400 {
-        host.run(shell(&long)).await;
+        host.finish(shell(&long)).await;
     }
     let outcome = host.jobs.list().await;
     assert!(wire::encode(&outcome).len() < MAX_MESSAGE_BYTES);
@@ -568,6 +564,11 @@ impl Host {
     /// The same, run in the host's own folder.
     fn inside(&self, spec: ExecSpec) -> ExecSpec {
         ExecSpec { cwd: Some(self.folder.path().to_str().unwrap().into()), ..spec }
+    }
+
+    /// Runs a command to its end.
+    async fn finish(&self, spec: ExecSpec) -> JobReport {
+        self.run(ExecSpec { follow: Follow::Collected, ..spec }).await
     }
 
     async fn run(&self, spec: ExecSpec) -> JobReport {

@@ -5,7 +5,7 @@
 //! so that the caller asks again and is told where the log begins.
 //! Head (an outcome) -> Following -> End, or Pause, or cut off (the caller left, or somebody else is the owner now).
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use peerfleet_proto::{
@@ -15,9 +15,10 @@ use peerfleet_proto::{
     },
     wire,
 };
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{task::spawn_blocking, time::sleep};
 
 use super::{
+    input::Overrun,
     job::{Job, Which},
     log::Found,
 };
@@ -29,7 +30,7 @@ use crate::mesh::{
 /// Output in one frame: half of what a head may be, and a pipe's worth.
 const FRAME_BYTES: usize = 64 * 1024;
 
-/// Time for the other side to acknowledge the last word, before its output is taken to be undelivered.
+/// Time for the owner to take the last output, before it counts as gone.
 const LAST_WORD: Duration = Duration::from_secs(10);
 
 /// Why a stream ends before its last word.
@@ -57,8 +58,7 @@ pub(super) async fn attach(job: Arc<Job>, caller: Caller, attach: Attach, stream
         return;
     }
     let mut owner = job.owner();
-    let number = attach.owner.then(|| job.claim());
-    let start = begin(&job, attach);
+    let (number, start) = begin(&job, attach);
     let mut speaker = Speaker::new(&job, start, attach, send);
     let superseded = async {
         match number {
@@ -66,11 +66,20 @@ pub(super) async fn attach(job: Arc<Job>, caller: Caller, attach: Attach, stream
             None => std::future::pending().await,
         }
     };
+    let mut listening = pin!(listen(&job, recv, number));
     let cut = tokio::select! {
         cut = speaker.speak(start) => cut.err(),
-        cut = listen(&job, recv, number.is_some()) => Some(cut),
+        cut = &mut listening => Some(cut),
         () = superseded => Some(Cut::Broken),
     };
+    if cut.is_none() && number.is_some() {
+        tokio::select! {
+            () = job.delivered() => {}
+            () = speaker.acknowledged() => job.deliver(),
+            _ = listening => {}
+            () = sleep(LAST_WORD) => {}
+        }
+    }
     if let Some(cut) = cut {
         let why = match cut {
             Cut::Broken => "the caller left",
@@ -92,20 +101,25 @@ fn not_the_owner(job: &Job) -> Failure {
     )
 }
 
-/// Where the stream goes on. A new owner has everything before that.
-fn begin(job: &Job, attach: Attach) -> Attached {
+/// Where the stream goes on, and the owner's number. A new owner has everything before that, and is heard from now on.
+fn begin(job: &Job, attach: Attach) -> (Option<u64>, Attached) {
+    // Held throughout: of two that become owner at once, one is the later in all respects.
+    let mut input = job.input();
+    let number = attach.owner.then(|| job.claim());
+    let stdin_taken = match number {
+        Some(number) => input.restart(number),
+        None => input.taken(),
+    };
     let from = |which, wanted: u64| {
         let from = wanted.max(job.log(which).first());
-        if attach.owner {
+        if number.is_some() {
             job.take(which, from);
         }
         from
     };
     let stdout_from = from(Which::Stdout, attach.stdout_from);
     let stderr_from = from(Which::Stderr, attach.stderr_from);
-    let mut input = job.input();
-    let stdin_taken = if attach.owner { input.restart() } else { input.taken() };
-    Attached { stdin_taken, stdout_from, stderr_from }
+    (number, Attached { stdin_taken, stdout_from, stderr_from })
 }
 
 struct Speaker<'a> {
@@ -182,7 +196,7 @@ impl<'a> Speaker<'a> {
             Found::Bytes(len) => len as u64,
             Found::Spooled(range) => {
                 let len = range.end - range.start;
-                frame = self.from_spool(which, from, len).await?;
+                frame = self.read_spool(which, from, len).await?;
                 len
             }
         };
@@ -191,7 +205,7 @@ impl<'a> Speaker<'a> {
         Ok(true)
     }
 
-    async fn from_spool(&self, which: Which, from: u64, len: u64) -> Result<Vec<u8>, Cut> {
+    async fn read_spool(&self, which: Which, from: u64, len: u64) -> Result<Vec<u8>, Cut> {
         let spool = self.job.spool().ok_or(Cut::Gone)?;
         let len = usize::try_from(len).map_err(|_| Cut::Gone)?;
         let reading = spawn_blocking(move || {
@@ -209,15 +223,20 @@ impl<'a> Speaker<'a> {
     async fn conclude(&mut self, last: &FromHost) -> Result<(), Cut> {
         self.send.write_frame(last).await?;
         self.send.finish().await?;
-        if self.is_owner && matches!(last, FromHost::End(_)) {
-            if let SendHalf::Quic(stream) = &self.send
-                && !matches!(timeout(LAST_WORD, stream.stopped()).await, Ok(Ok(None)))
-            {
-                return Err(Cut::Broken);
-            }
+        if self.is_owner && self.job.is_taken() {
             self.job.deliver();
         }
         Ok(())
+    }
+
+    /// Waits until the other side's carrier has everything, where the carrier tells.
+    async fn acknowledged(&self) {
+        if let SendHalf::Quic(stream) = &self.send
+            && let Ok(None) = stream.stopped().await
+        {
+            return;
+        }
+        std::future::pending().await
     }
 }
 
@@ -237,35 +256,47 @@ fn frame_head(which: Which, len: usize, frame: &mut Vec<u8>) {
     frame.extend(head);
 }
 
-/// Hears what the caller says, until it leaves. Only an owner is listened to.
-async fn listen(job: &Job, mut recv: RecvHalf, is_owner: bool) -> Cut {
+/// Hears what the caller says, until it leaves. Only the owner is listened to.
+async fn listen(job: &Job, mut recv: RecvHalf, owner: Option<u64>) -> Cut {
     loop {
         let frame = match recv.read_frame::<FromCaller>().await {
             Ok(Some(frame)) => frame,
             Ok(None) | Err(_) => return Cut::Broken,
         };
-        if !is_owner {
-            continue;
-        }
-        match frame {
-            FromCaller::Stdin(bytes) => {
-                if job.input().push(&bytes).is_err() {
-                    return Cut::Misbehaved;
-                }
-                job.wake_input();
-                job.tell();
-            }
-            FromCaller::StdinEnd => {
-                job.input().finish();
-                job.wake_input();
-            }
-            FromCaller::Taken { stdout, stderr } => {
-                job.take(Which::Stdout, stdout);
-                job.take(Which::Stderr, stderr);
-            }
-            FromCaller::Signal(signal) => job.signal(signal),
+        if let Some(owner) = owner
+            && let Err(cut) = obey(job, owner, frame)
+        {
+            return cut;
         }
     }
+}
+
+fn obey(job: &Job, owner: u64, frame: FromCaller) -> Result<(), Cut> {
+    // Held throughout: what an earlier owner said must not come behind what the next one was told.
+    let mut input = job.input();
+    if !input.hears(owner) {
+        return Err(Cut::Broken);
+    }
+    match frame {
+        FromCaller::Stdin(bytes) => {
+            input.push(&bytes).map_err(|Overrun| Cut::Misbehaved)?;
+            job.wake_input();
+            job.tell();
+        }
+        FromCaller::StdinEnd => {
+            input.finish();
+            job.wake_input();
+        }
+        FromCaller::Taken { stdout, stderr } => {
+            job.take(Which::Stdout, stdout);
+            job.take(Which::Stderr, stderr);
+            if job.is_taken() {
+                job.deliver();
+            }
+        }
+        FromCaller::Signal(signal) => job.signal(signal),
+    }
+    Ok(())
 }
 
 #[cfg(test)]

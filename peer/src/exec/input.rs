@@ -21,6 +21,7 @@ pub(super) struct Overrun;
 /// Standard input of one process.
 #[derive(Debug)]
 pub(super) struct Input {
+    owner: u64,
     waiting: VecDeque<u8>,
     taken: u64,
     ends: bool,
@@ -30,7 +31,7 @@ pub(super) struct Input {
 impl Input {
     /// Input that comes from an owner if `open`; otherwise there is none.
     pub(super) fn new(open: bool) -> Self {
-        Self { waiting: VecDeque::new(), taken: 0, ends: false, closed: !open }
+        Self { owner: 0, waiting: VecDeque::new(), taken: 0, ends: false, closed: !open }
     }
 
     /// Bytes taken so far.
@@ -53,8 +54,14 @@ impl Input {
         !self.waiting.is_empty()
     }
 
-    /// A new owner goes on from what the process has taken; says how much that is.
-    pub(super) fn restart(&mut self) -> u64 {
+    /// Whether the owner of that number may still speak. While the input is held, nobody takes over.
+    pub(super) fn hears(&self, owner: u64) -> bool {
+        self.owner == owner
+    }
+
+    /// The owner of that number goes on from what the process has taken; says how much that is.
+    pub(super) fn restart(&mut self, owner: u64) -> u64 {
+        self.owner = owner;
         self.waiting.clear();
         self.ends = false;
         self.taken
@@ -109,7 +116,8 @@ mod tests {
         let (mut pipe, _reader) = tokio::io::duplex(4);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         assert!(input.poll_write(Pin::new(&mut pipe), &mut cx).is_ready());
-        assert_eq!(input.restart(), 4);
+        assert_eq!(input.restart(2), 4);
+        assert!(input.hears(2) && !input.hears(1));
         assert!(!input.is_waiting() && !input.is_over());
     }
 

@@ -149,6 +149,11 @@ impl Job {
         self.room[which.index()].notify_one();
     }
 
+    /// Whether the owner has passed on all output, and no more will come.
+    pub(super) fn is_taken(&self) -> bool {
+        self.end().is_some() && self.log(Which::Stdout).is_taken() && self.log(Which::Stderr).is_taken()
+    }
+
     /// Waits until more may be read from the pipe, and says how much.
     pub(super) async fn room(&self, which: Which) -> usize {
         loop {

@@ -100,6 +100,14 @@ impl Log {
         }
     }
 
+    /// Whether the owner has taken all there is. A log without an owner has nobody to wait for.
+    pub(super) fn is_taken(&self) -> bool {
+        match self.keeping {
+            Keeping::Held { taken } => taken >= self.next,
+            Keeping::Memory | Keeping::Spool { .. } | Keeping::Newest => true,
+        }
+    }
+
     /// The first bytes ever, for the report: those that a running log set aside, or those a held one still has.
     pub(super) fn head(&self) -> Vec<u8> {
         if !self.head.is_empty() || self.first > 0 {

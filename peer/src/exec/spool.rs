@@ -1,8 +1,8 @@
 //! A job's output on disk: a file of two rings, one per stream, that vanishes with its process.
 //!
 //! In: bytes and their offsets. Out: the same bytes, until newer ones took their place; which ones those are is the
-//! log's to know. It never appears under a name: the file is removed as soon as it is open, so nothing is left behind
-//! however the host dies. Bounds: the capacity that it is given.
+//! log's to know. It keeps no name: the file is removed as soon as it is open, so that its bytes are gone with the
+//! process, however that ends. Bounds: the capacity that it is given.
 
 use std::{
     fs::{self, File, OpenOptions},

@@ -253,7 +253,9 @@ mod tests {
         for number in 1..=newest {
             store.job_started(job(number, None));
             store.job_ended(job(number, Some(EndState::Exited(0))));
+            store.flush().await;
         }
+        assert_eq!(store.dropped(), 0);
         let jobs = store.jobs().await.unwrap();
         assert!(jobs.len() <= JOBS_KEPT + EXPIRE_EVERY as usize, "{}", jobs.len());
         assert_eq!(jobs.last().unwrap().job, job(0, None).job);

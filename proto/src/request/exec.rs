@@ -155,7 +155,8 @@ pub enum FromCaller {
     /// Standard input ends here.
     StdinEnd,
     /// Output that the caller has passed on, so the host may let go of it. Said before half of
-    /// [`OUTPUT_WINDOW_BYTES`] is outstanding, or the process is held back.
+    /// [`OUTPUT_WINDOW_BYTES`] is outstanding, or the process is held back; and at the end, or the host keeps it a while
+    /// for a caller that comes back.
     Taken {
         /// Bytes of standard output.
         stdout: u64,
