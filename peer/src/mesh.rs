@@ -7,24 +7,45 @@ use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use peerfleet_proto::{
     id::{InstanceId, PeerId, RequestId},
-    presence::{Mode, Presence},
+    presence::{Epoch, Mode, Presence, Service},
     request::{Outcome, Request, link::Route, transfer::PathNow},
+    token::RoomKeys,
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use x25519_dalek::{PublicKey, StaticSecret};
 
+use self::{
+    actor::{Actor, Command, Contact},
+    agreement::{AGREE_DEADLINE, Views},
+    heads::LinkHandle,
+    socket::Switch,
+};
+use crate::random;
+
+mod actor;
+mod agreement;
+mod asks;
 mod congestion;
 mod dial;
+mod heads;
 mod interfaces;
 mod link;
+mod path;
 mod queue;
+mod roster;
 mod routes;
 mod socket;
 pub mod stream;
 mod tls;
+mod uplink;
 mod wire;
 
+pub use dial::{InvalidRelayUrl, RelayUrl};
 pub use stream::Stream;
+
+/// Words about one instance in [`Mesh::ask_many`]: asked, accepted, ended.
+const WORDS_PER_ASK: usize = 3;
 
 /// A future that a [`Serve`] hands back.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -133,70 +154,209 @@ pub struct PathView {
     pub relayed_bytes: u64,
 }
 
+/// Packets of links that an instance dropped, by reason. QUIC sends again what they carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Drops {
+    /// Batches for which the connection to the relay was too slow.
+    pub to_relay: u64,
+    /// Batches from the relay for which the links were too slow.
+    pub from_relay: u64,
+    /// Batches that were nobody's, or had no way to leave.
+    pub stray: u64,
+}
+
 /// The mesh stopped, or was never joined in time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{0}")]
 pub struct NotJoined(pub String);
 
-/// A handle on one instance in one room; clones are the same instance.
+/// What an instance says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PresenceFacts {
+    /// The host's name.
+    pub name: String,
+    /// The host's tags.
+    pub tags: Vec<String>,
+    /// Operating system.
+    pub os: String,
+    /// Architecture.
+    pub arch: String,
+    /// Version of the peer.
+    pub version: String,
+    /// What the host lets others do.
+    pub mode: Mode,
+    /// What the host offers; nothing, if it only asks.
+    pub services: Vec<Service>,
+}
+
+impl PresenceFacts {
+    fn into_presence(mut self, epoch: Epoch) -> Presence {
+        self.tags.sort_unstable();
+        self.tags.dedup();
+        let Self { name, tags, os, arch, version, mode, services } = self;
+        Presence { name, tags, os, arch, version, mode, services, epoch }
+    }
+}
+
+/// What an instance is made of.
+pub struct MeshConfig {
+    /// Where the relay is.
+    pub relay: RelayUrl,
+    /// The room's keys.
+    pub keys: Arc<RoomKeys>,
+    /// The machine's identity.
+    pub identity: StaticSecret,
+    /// What it says of itself.
+    pub facts: PresenceFacts,
+    /// Whether links may travel directly at all.
+    pub udp: bool,
+}
+
+/// A handle on one instance in one room; clones are the same instance. It leaves the room when the last one is dropped.
 #[derive(Clone)]
 pub struct Mesh(Arc<Inner>);
 
-struct Inner;
+struct Inner {
+    me: Caller,
+    serve: Arc<dyn Serve>,
+    commands: mpsc::Sender<Command>,
+    roster: watch::Receiver<Arc<Roster>>,
+    views: Arc<Views>,
+    switch: Arc<Switch>,
+}
 
 impl Mesh {
+    /// Starts an instance, within a tokio runtime. Never waits for the network: it connects, and connects again, for ever.
+    pub fn start(config: MeshConfig, serve: Arc<dyn Serve>) -> Self {
+        let peer = PeerId::from_bytes(PublicKey::from(&config.identity).to_bytes());
+        let me = Caller { peer, instance: InstanceId::from_bytes(random::bytes()) };
+        let (actor, contact) = Actor::new(config, me, Arc::clone(&serve));
+        tokio::spawn(actor.run());
+        let Contact { commands, roster, views, switch } = contact;
+        Self(Arc::new(Inner { me, serve, commands, roster, views, switch }))
+    }
+
     /// Who this is.
     pub fn me(&self) -> Caller {
-        unimplemented!()
+        self.0.me
     }
 
     /// Who is in the room, kept up to date.
     pub fn roster(&self) -> watch::Receiver<Arc<Roster>> {
-        unimplemented!()
+        self.0.roster.clone()
     }
 
     /// Waits until the room's roster is known.
+    ///
+    /// # Errors
+    /// [`NotJoined`] if that takes longer than `timeout`, or the mesh has stopped.
     pub async fn joined(&self, timeout: Duration) -> Result<(), NotJoined> {
-        unimplemented!()
+        let mut roster = self.roster();
+        let joined = roster.wait_for(|roster| roster.uplink == UplinkState::Joined);
+        match tokio::time::timeout(timeout, joined).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(NotJoined("this instance has left the room".into())),
+            Err(_) => Err(NotJoined(format!("the room was not joined within {} s", timeout.as_secs_f32()))),
+        }
     }
 
     /// Asks one instance.
+    ///
+    /// # Errors
+    /// [`AskFault`], after `deadline` at the latest.
     pub async fn ask(&self, to: InstanceId, request: Request, deadline: Duration) -> Result<Outcome, AskFault> {
-        unimplemented!()
+        if to == self.0.me.instance {
+            let id = RequestId::from_bytes(random::bytes());
+            let asked = self.0.serve.ask(self.0.me, id, request);
+            return tokio::time::timeout(deadline, asked).await.map_err(|_| AskFault::DeadlineExceeded);
+        }
+        let (reply, outcome) = oneshot::channel();
+        self.command(Command::Ask { to, request: Box::new(request), deadline, reply }).await;
+        outcome.await.unwrap_or(Err(AskFault::Unreachable))
     }
 
-    /// Asks many instances the same; every one of them ends exactly once.
+    /// Asks many instances the same; every one of them ends exactly once, unless this instance leaves the room first.
     pub fn ask_many(
         &self,
         to: Vec<InstanceId>,
         request: Request,
         deadline: Duration,
     ) -> mpsc::Receiver<(InstanceId, AskProgress)> {
-        unimplemented!()
+        let (progress, receiver) = mpsc::channel(to.len().saturating_mul(WORDS_PER_ASK).max(1));
+        let mesh = self.clone();
+        tokio::spawn(async move {
+            mesh.command(Command::AskMany { to, request: Box::new(request), deadline, progress }).await;
+        });
+        receiver
     }
 
     /// Opens a stream headed by a request and reads the head's outcome.
+    ///
+    /// # Errors
+    /// [`OpenFault`] if there is no link in time, or it is lost.
     pub async fn open(&self, to: InstanceId, request: Request, route: Route) -> Result<(Outcome, Stream), OpenFault> {
-        unimplemented!()
+        if to == self.0.me.instance {
+            return self.open_here(request).await;
+        }
+        self.link(to, route).await?.open(request).await
     }
 
     /// How the link of that route travels.
     pub fn path(&self, to: InstanceId, route: Route) -> PathView {
-        unimplemented!()
+        self.0.views.path((to, route))
+    }
+
+    /// What this instance dropped so far.
+    pub fn drops(&self) -> Drops {
+        self.0.switch.drops()
     }
 
     /// Waits for a direct path of the link; makes the link if there is none.
     pub async fn wait_direct(&self, to: InstanceId, timeout: Duration) -> bool {
-        unimplemented!()
+        let waiting = async {
+            let mut link = self.link(to, Route::Auto).await.ok()?;
+            link.direct.wait_for(|direct| *direct).await.ok()?;
+            Some(())
+        };
+        matches!(tokio::time::timeout(timeout, waiting).await, Ok(Some(())))
     }
 
     /// Tells the room another mode.
     pub fn set_mode(&self, mode: Mode) {
-        unimplemented!()
+        let mesh = self.clone();
+        tokio::spawn(async move { mesh.command(Command::SetMode(mode)).await });
     }
 
     /// Leaves the room and ends every link.
     pub async fn shutdown(&self) {
-        unimplemented!()
+        let (reply, left) = oneshot::channel();
+        self.command(Command::Shutdown(reply)).await;
+        // An error says that it had left already.
+        _ = left.await;
+    }
+
+    async fn link(&self, to: InstanceId, route: Route) -> Result<LinkHandle, OpenFault> {
+        let (reply, link) = oneshot::channel();
+        self.command(Command::Link { to, route, reply }).await;
+        match tokio::time::timeout(AGREE_DEADLINE, link).await {
+            Ok(Ok(link)) => link,
+            Ok(Err(_)) => Err(OpenFault::NoLink("this instance has left the room".into())),
+            Err(_) => Err(OpenFault::NoLink(format!("it gave no answer within {} s", AGREE_DEADLINE.as_secs()))),
+        }
+    }
+
+    async fn open_here(&self, request: Request) -> Result<(Outcome, Stream), OpenFault> {
+        let (mut here, there) = Stream::local_pair();
+        tokio::spawn(self.0.serve.stream(self.0.me, request, there));
+        match here.recv.read_frame().await {
+            Ok(Some(outcome)) => Ok((outcome, here)),
+            Ok(None) | Err(_) => Err(OpenFault::Lost),
+        }
+    }
+
+    async fn command(&self, command: Command) {
+        if self.0.commands.send(command).await.is_err() {
+            tracing::trace!("this instance has left the room");
+        }
     }
 }

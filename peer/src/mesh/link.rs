@@ -108,6 +108,7 @@ pub(super) struct Links {
     shared: Arc<Shared>,
     runtime: Handle,
     stop: Option<oneshot::Sender<()>>,
+    ended: oneshot::Receiver<()>,
 }
 
 impl fmt::Debug for Links {
@@ -159,12 +160,14 @@ impl Links {
             let handle = runtime.handle().clone();
             runtime.block_on(async move {
                 let (stop, stopped) = oneshot::channel();
-                let links = open(config, handle, stop);
+                let (end, ended) = oneshot::channel();
+                let links = open(config, handle, stop, ended);
                 let serving = links.as_ref().ok().map(|links| (links.endpoint.clone(), Arc::clone(&links.shared)));
                 if started.send(links).is_ok()
                     && let Some((endpoint, shared)) = serving
                 {
                     serve(&endpoint, &shared, stopped).await;
+                    drop(end);
                 }
             });
         })?;
@@ -223,12 +226,18 @@ pub(super) fn kick(connection: &Connection) {
     }
 }
 
+impl Links {
+    /// Ends every link, and waits until they said goodbye, or for a moment.
+    pub(super) async fn close(mut self) {
+        self.stop.take();
+        // Nothing is ever sent: the thread drops its end when it is through.
+        _ = (&mut self.ended).await;
+    }
+}
+
 impl Drop for Links {
     fn drop(&mut self) {
-        if let Some(stop) = self.stop.take() {
-            // The thread may have ended by itself.
-            _ = stop.send(());
-        }
+        self.stop.take();
     }
 }
 
@@ -287,7 +296,12 @@ impl Shared {
     }
 }
 
-fn open(config: LinksConfig, runtime: Handle, stop: oneshot::Sender<()>) -> io::Result<Links> {
+fn open(
+    config: LinksConfig,
+    runtime: Handle,
+    stop: oneshot::Sender<()>,
+    ended: oneshot::Receiver<()>,
+) -> io::Result<Links> {
     let socket = Arc::new(MappedSocket::open(config.switch, config.udp, config.notes));
     let mut endpoint_config = EndpointConfig::default();
     // STUN on the same socket is told from QUIC by the bit that greasing would blur.
@@ -301,12 +315,13 @@ fn open(config: LinksConfig, runtime: Handle, stop: oneshot::Sender<()>) -> io::
         Arc::new(OnThread(runtime.clone())),
     )?;
     let shared = Arc::new(Shared { tls: config.tls, gates: Mutex::default(), events: config.events });
-    Ok(Links { endpoint, socket, shared, runtime, stop: Some(stop) })
+    Ok(Links { endpoint, socket, shared, runtime, stop: Some(stop), ended })
 }
 
 async fn serve(endpoint: &Endpoint, shared: &Arc<Shared>, mut stopped: oneshot::Receiver<()>) {
     loop {
         tokio::select! {
+            // Nothing is ever sent: dropping the other end says stop.
             _ = &mut stopped => break,
             incoming = endpoint.accept() => match incoming {
                 Some(incoming) => shared.receive(incoming),

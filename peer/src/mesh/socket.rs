@@ -34,6 +34,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{io::Interest, sync::mpsc};
 
 use super::{
+    Drops,
     queue::{DropOldest, Weigh},
     routes::{Remote, Routes, own_mapped_address, plain},
 };
@@ -127,9 +128,13 @@ impl Switch {
         self.from_relay.push(Relayed { remote, segment: datagram.segment.into(), packets: datagram.packets });
     }
 
-    /// Packets that were nobody's, or could not leave: source unproved, slot unknown, or no way out.
-    pub(super) fn stray(&self) -> u64 {
-        self.stray.load(Ordering::Relaxed)
+    /// What was dropped so far.
+    pub(super) fn drops(&self) -> Drops {
+        Drops {
+            to_relay: self.to_relay.dropped(),
+            from_relay: self.from_relay.dropped(),
+            stray: self.stray.load(Ordering::Relaxed),
+        }
     }
 
     fn count_stray(&self) {

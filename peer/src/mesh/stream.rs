@@ -7,7 +7,7 @@
 use std::{
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Weak},
     task::{Context, Poll},
 };
 
@@ -64,6 +64,22 @@ impl Lease {
     /// Whether anybody else holds it too.
     pub(super) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
+    }
+
+    /// What can make more of it, without holding the link open itself.
+    pub(super) fn maker(&self) -> LeaseMaker {
+        LeaseMaker(Arc::downgrade(&self.0))
+    }
+}
+
+/// Makes leases of a link for as long as there is a link.
+#[derive(Debug, Clone)]
+pub(super) struct LeaseMaker(Weak<()>);
+
+impl LeaseMaker {
+    /// One more lease; `None` if the link is gone.
+    pub(super) fn make(&self) -> Option<Lease> {
+        self.0.upgrade().map(Lease)
     }
 }
 

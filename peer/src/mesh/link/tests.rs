@@ -194,7 +194,7 @@ async fn a_transfer_survives_every_change_of_path_and_a_dead_relay() {
     assert!(direct > 0 && relayed > 0, "direct {direct}, relayed {relayed}");
 }
 
-fn pattern(from: usize, len: usize) -> bytes::Bytes {
+fn pattern(from: usize, len: usize) -> Bytes {
     (from..from + len).map(|at| u8::try_from(at % 251).unwrap()).collect()
 }
 
@@ -210,7 +210,7 @@ async fn a_stream_outlives_a_relay_that_is_gone_for_a_while() {
     pair.client.switch.routes.set_slot(&pair.client.remote, None);
     send.write_all(b"after").await.unwrap();
     send.finish().unwrap();
-    tokio::time::timeout(Duration::from_secs(3), recv.read_to_end(100)).await.unwrap_err();
+    timeout(Duration::from_secs(3), recv.read_to_end(100)).await.unwrap_err();
     pair.relay.store(true, Ordering::Relaxed);
     pair.client.switch.routes.set_slot(&pair.client.remote, Some(Slot(2)));
     pair.kick();
@@ -254,9 +254,9 @@ async fn a_callee_with_an_unannounced_key_is_refused() {
 async fn packets_from_an_unproved_source_reach_no_link() {
     let pair = Pair::start().await;
     let stranger = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let before = pair.server.switch.stray();
+    let before = pair.server.switch.drops().stray;
     timeout(DEADLINE, async {
-        while pair.server.switch.stray() == before {
+        while pair.server.switch.drops().stray == before {
             stranger.send_to(&[0x40; 1200], pair.server.address()).await.unwrap();
             tokio::task::yield_now().await;
         }

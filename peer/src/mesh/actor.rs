@@ -1,0 +1,446 @@
+//! The one task of an instance: it owns every machine, and carries out what they say.
+//!
+//! In: commands of handles, the relay's frames, what links and the socket tell, outcomes of services. Out: frames, STUN
+//! packets, calls of [`Serve`], the roster. It decides nothing that a machine of the core decides.
+//! Runs until every handle is gone or one shuts it down; then it says goodbye to the relay and to every link.
+//! Bounds: [`BATCH`] inputs a turn, [`MAX_SERVING`] requests being worked on; its queues are bounded where they are made.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use peerfleet_proto::{
+    exchange::{Config, Exchange},
+    id::{InstanceId, RequestId},
+    presence::{Mode, Presence, PresenceOpener, PresenceSealer},
+    request::{Failure, FailureKind, Outcome, Request, link::Route},
+    uplink::{Credentials, Uplink},
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::{Id, JoinError, JoinSet},
+    time::sleep_until,
+};
+
+use super::{
+    AskFault, AskProgress, Caller, MeshConfig, OpenFault, Roster, Serve, UplinkState,
+    agreement::{Book, Reply, Views},
+    asks::{Asks, Waiting},
+    link::LinkEvent,
+    path::Paths,
+    roster::Members,
+    socket::{FromSocket, Switch},
+    uplink::{Line, LineEvent},
+    wire::ToRelay,
+};
+use crate::random::{self, SystemRandom};
+
+mod links;
+mod room;
+
+/// Inputs handled before what came of them goes out: one turn of a busy room stays below a millisecond.
+const BATCH: usize = 64;
+
+/// Requests being worked on at once; further ones are answered with "busy".
+const MAX_SERVING: usize = 1024;
+
+/// How often requests that nobody waits for and links that nobody uses are looked for.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// Commands that may wait.
+const COMMANDS: usize = 256;
+
+/// Notes of the socket that may wait; it drops what does not fit, as the network does.
+const NOTES: usize = 256;
+
+/// Words of links that may wait.
+const LINK_EVENTS: usize = 64;
+
+/// What handles want.
+pub(super) enum Command {
+    /// Ask one instance.
+    Ask {
+        /// Whom.
+        to: InstanceId,
+        /// What.
+        request: Box<Request>,
+        /// Time for the outcome.
+        deadline: Duration,
+        /// Who waits.
+        reply: oneshot::Sender<Result<Outcome, AskFault>>,
+    },
+    /// Ask many instances the same.
+    AskMany {
+        /// Whom.
+        to: Vec<InstanceId>,
+        /// What.
+        request: Box<Request>,
+        /// Time for the outcomes.
+        deadline: Duration,
+        /// Who waits, with room for every word.
+        progress: mpsc::Sender<(InstanceId, AskProgress)>,
+    },
+    /// Get a link.
+    Link {
+        /// To whom.
+        to: InstanceId,
+        /// How it may travel.
+        route: Route,
+        /// Who waits.
+        reply: Reply,
+    },
+    /// Tell the room another mode.
+    SetMode(Mode),
+    /// Leave.
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// The task's state.
+pub(super) struct Actor {
+    serve: Arc<dyn Serve>,
+    rng: SystemRandom,
+    // The room.
+    uplink: Uplink,
+    line: Line,
+    relay: Vec<std::net::SocketAddr>,
+    outgoing: Option<ToRelay>,
+    presence: Presence,
+    sealer: PresenceSealer,
+    opener: PresenceOpener,
+    members: Members,
+    // Messages.
+    exchange: Exchange,
+    asks: Asks,
+    serving: JoinSet<Outcome>,
+    served: HashMap<Id, (InstanceId, RequestId)>,
+    // Links.
+    switch: Arc<Switch>,
+    book: Book,
+    paths: Paths,
+    accepting: JoinSet<()>,
+    // What comes in.
+    commands: mpsc::Receiver<Command>,
+    notes: mpsc::Receiver<FromSocket>,
+    link_events: mpsc::Receiver<LinkEvent>,
+    sweep_at: Option<Instant>,
+}
+
+/// What a handle needs of the actor.
+pub(super) struct Contact {
+    /// Takes commands.
+    pub(super) commands: mpsc::Sender<Command>,
+    /// Who is in the room.
+    pub(super) roster: watch::Receiver<Arc<Roster>>,
+    /// How links travel.
+    pub(super) views: Arc<Views>,
+    /// What was dropped.
+    pub(super) switch: Arc<Switch>,
+}
+
+/// One thing that came in.
+enum Input {
+    Command(Option<Command>),
+    Line(LineEvent),
+    Link(LinkEvent),
+    Note(FromSocket),
+    Served(Result<(Id, Outcome), JoinError>),
+    Accepted,
+    Room,
+    Time,
+}
+
+impl Actor {
+    /// An instance that has not begun to connect.
+    pub(super) fn new(config: MeshConfig, me: Caller, serve: Arc<dyn Serve>) -> (Self, Contact) {
+        let (now, mut rng) = (Instant::now(), SystemRandom);
+        let keys = &config.keys;
+        let exchange = Exchange::new(
+            Config {
+                identity: config.identity.clone(),
+                peer: me.peer,
+                instance: me.instance,
+                room: keys.room(),
+                psk: *keys.psk(),
+            },
+            &mut rng,
+            now,
+        );
+        let presence = config.facts.into_presence(exchange.epoch());
+        let mut sealer = PresenceSealer::new(keys, me.peer, me.instance);
+        let credentials = Credentials { keys: Arc::clone(keys), identity: config.identity, instance: me.instance };
+        let uplink = Uplink::new(credentials, sealer.seal(&presence), now);
+        let switch = Arc::new(Switch::new());
+        let (note, notes) = mpsc::channel(NOTES);
+        let (tell, link_events) = mpsc::channel(LINK_EVENTS);
+        let book = Book::new(me, config.udp, Arc::clone(&switch), note, tell);
+        let members = Members::new();
+        let (sender, commands) = mpsc::channel(COMMANDS);
+        let contact =
+            Contact { commands: sender, roster: members.subscribe(), views: book.views(), switch: Arc::clone(&switch) };
+        let actor = Self {
+            serve,
+            rng,
+            uplink,
+            line: Line::new(config.relay, Arc::clone(&switch)),
+            relay: Vec::new(),
+            outgoing: None,
+            presence,
+            sealer,
+            opener: PresenceOpener::new(keys),
+            members,
+            exchange,
+            asks: Asks::default(),
+            serving: JoinSet::new(),
+            served: HashMap::new(),
+            switch,
+            book,
+            paths: Paths::new(now),
+            accepting: JoinSet::new(),
+            commands,
+            notes,
+            link_events,
+            sweep_at: None,
+        };
+        (actor, contact)
+    }
+
+    /// Runs until told to leave.
+    pub(super) async fn run(mut self) {
+        let left = loop {
+            self.drain();
+            let input = self.next().await;
+            match self.handle(input).await {
+                Flow::On => {}
+                Flow::Leave(reply) => break reply,
+            }
+            for _ in 1..BATCH {
+                let Some(input) = self.try_next() else { break };
+                if let Flow::Leave(reply) = self.handle(input).await {
+                    return self.leave(reply).await;
+                }
+            }
+        };
+        self.leave(left).await;
+    }
+
+    async fn leave(mut self, reply: Option<oneshot::Sender<()>>) {
+        self.asks.end_all();
+        self.serving.abort_all();
+        // First the links, because those that are relayed say goodbye by way of the relay.
+        self.book.close().await;
+        self.line.leave().await;
+        self.accepting.abort_all();
+        // Whoever asked for it may have stopped waiting.
+        _ = reply.map(|reply| reply.send(()));
+    }
+
+    /// Waits for the next input, in the order of what matters most.
+    async fn next(&mut self) -> Input {
+        let due = self.poll_timeout();
+        let is_waiting = self.outgoing.is_some();
+        let has_room = self.line.has_room(is_waiting);
+        tokio::select! {
+            biased;
+            // 1. What handles want, so that shutting down is never kept waiting by a busy room.
+            command = self.commands.recv() => Input::Command(command),
+            // 2. Links and paths: streams wait for them.
+            Some(event) = self.link_events.recv() => Input::Link(event),
+            Some(note) = self.notes.recv() => Input::Note(note),
+            // 3. The room.
+            event = self.line.next() => Input::Line(event),
+            () = has_room, if is_waiting => Input::Room,
+            // 4. Services.
+            Some(served) = self.serving.join_next_with_id() => Input::Served(served),
+            Some(_) = self.accepting.join_next() => Input::Accepted,
+            () = sleep_until(due.into()) => Input::Time,
+        }
+    }
+
+    /// An input that is there already.
+    fn try_next(&mut self) -> Option<Input> {
+        if let Ok(command) = self.commands.try_recv() {
+            return Some(Input::Command(Some(command)));
+        }
+        if let Ok(event) = self.link_events.try_recv() {
+            return Some(Input::Link(event));
+        }
+        if let Ok(note) = self.notes.try_recv() {
+            return Some(Input::Note(note));
+        }
+        if let Some(event) = self.line.try_next() {
+            return Some(Input::Line(event));
+        }
+        self.serving.try_join_next_with_id().map(Input::Served)
+    }
+
+    async fn handle(&mut self, input: Input) -> Flow {
+        let now = Instant::now();
+        match input {
+            Input::Command(None) => return Flow::Leave(None),
+            Input::Command(Some(Command::Shutdown(reply))) => return Flow::Leave(Some(reply)),
+            Input::Command(Some(command)) => self.command(command, now).await,
+            Input::Line(event) => self.line_event(event, now).await,
+            Input::Link(event) => self.link_event(event, now),
+            Input::Note(note) => self.paths.handle_note(note, &self.switch.routes, now),
+            Input::Served(served) => self.served(served, now),
+            Input::Accepted | Input::Room => {}
+            Input::Time => self.timeout(now),
+        }
+        // A request may need the links' thread, whose start is awaited: so these are not handled while draining.
+        while let Some(event) = self.exchange.poll_event() {
+            self.exchange_event(event, Instant::now()).await;
+        }
+        Flow::On
+    }
+
+    async fn command(&mut self, command: Command, now: Instant) {
+        match command {
+            Command::Ask { to, request, deadline, reply } => self.ask(to, *request, deadline, reply, now),
+            Command::AskMany { to, request, deadline, progress } => {
+                self.ask_many(&to, *request, deadline, &progress, now);
+            }
+            Command::Link { to, route, reply } => self.want_link(to, route, reply, now).await,
+            Command::SetMode(mode) => {
+                if self.presence.mode != mode {
+                    self.presence.mode = mode;
+                    self.publish_presence();
+                }
+            }
+            Command::Shutdown(_) => {}
+        }
+    }
+
+    fn ask(
+        &mut self,
+        to: InstanceId,
+        request: Request,
+        deadline: Duration,
+        reply: oneshot::Sender<Result<Outcome, AskFault>>,
+        now: Instant,
+    ) {
+        // Without the relay, a link that travels directly carries what would be a message.
+        if self.members.uplink() == UplinkState::Joining
+            && let Some(link) = self.book.get((to, Route::Auto), now).filter(|link| *link.direct.borrow())
+        {
+            let id = RequestId::from_bytes(random::bytes());
+            self.accepting.spawn(async move {
+                // Whoever asked may have stopped waiting.
+                _ = reply.send(link.ask(id, request, deadline).await);
+            });
+            return;
+        }
+        let id = self.exchange.ask(to, request, deadline, now, &mut self.rng);
+        self.asks.insert(id, Waiting::One(reply));
+    }
+
+    fn ask_many(
+        &mut self,
+        to: &[InstanceId],
+        request: Request,
+        deadline: Duration,
+        progress: &mpsc::Sender<(InstanceId, AskProgress)>,
+        now: Instant,
+    ) {
+        for (instance, id) in self.exchange.ask_many(to, request, deadline, now, &mut self.rng) {
+            if progress.try_send((instance, AskProgress::Asked(id))).is_err() {
+                tracing::trace!("nobody follows a request any more");
+            }
+            self.asks.insert(id, Waiting::Many(progress.clone()));
+        }
+    }
+
+    /// Hands a request to the services.
+    fn serve(&mut self, caller: Caller, id: RequestId, request: Request, now: Instant) {
+        if self.serving.len() >= MAX_SERVING {
+            let busy =
+                Failure::new(FailureKind::Busy, "it works on too many requests already", "try again in a moment");
+            return self.exchange.answer(caller.instance, id, Outcome::Failed(busy), now);
+        }
+        let task = self.serving.spawn(self.serve.ask(caller, id, request));
+        self.served.insert(task.id(), (caller.instance, id));
+    }
+
+    fn served(&mut self, served: Result<(Id, Outcome), JoinError>, now: Instant) {
+        let (task, outcome) = match served {
+            Ok(served) => served,
+            Err(error) => {
+                tracing::error!("a service ended in a panic");
+                let bug = Failure::new(FailureKind::Internal, "a service ended in a panic", "its log says more");
+                (error.id(), Outcome::Failed(bug))
+            }
+        };
+        if let Some((caller, id)) = self.served.remove(&task) {
+            self.exchange.answer(caller, id, outcome, now);
+        }
+    }
+
+    fn publish_presence(&mut self) {
+        self.uplink.set_presence(self.sealer.seal(&self.presence));
+    }
+
+    fn poll_timeout(&self) -> Instant {
+        let others =
+            [self.exchange.poll_timeout(), self.paths.poll_timeout(), self.members.poll_timeout(), self.sweep_at];
+        others.into_iter().flatten().fold(self.uplink.poll_timeout(), Instant::min)
+    }
+
+    fn timeout(&mut self, now: Instant) {
+        if self.uplink.poll_timeout() <= now {
+            self.uplink.handle_timeout(now, &mut self.rng);
+        }
+        if self.exchange.poll_timeout().is_some_and(|at| at <= now) {
+            self.exchange.handle_timeout(now, &mut self.rng);
+        }
+        self.paths.handle_timeout(now);
+        if self.sweep_at.is_some_and(|at| at <= now) {
+            self.sweep(now);
+        }
+    }
+
+    fn sweep(&mut self, now: Instant) {
+        self.sweep_at = None;
+        for id in self.asks.take_abandoned() {
+            self.exchange.forget(id);
+        }
+        for remote in self.book.sweep(now) {
+            self.link_ended(&remote, now);
+        }
+    }
+
+    /// Carries out everything that the machines want, until they want nothing.
+    fn drain(&mut self) {
+        let now = Instant::now();
+        self.drain_uplink(now);
+        self.drain_paths(now);
+        self.drain_frames();
+        self.members.publish(&self.book, now);
+        if self.sweep_at.is_none() && !(self.asks.is_empty() && self.book.is_empty()) {
+            self.sweep_at = Some(now + SWEEP_EVERY);
+        }
+    }
+
+    /// Hands frames over as long as the line takes them: what it does not take stays where it is made.
+    fn drain_frames(&mut self) {
+        loop {
+            let next = self.outgoing.take().or_else(|| self.next_frame());
+            let Some(frame) = next else { return };
+            self.outgoing = self.line.send(frame);
+            if self.outgoing.is_some() {
+                return;
+            }
+        }
+    }
+}
+
+/// Whether to go on.
+enum Flow {
+    On,
+    Leave(Option<oneshot::Sender<()>>),
+}
+
+/// The reason that a handle is given when there is no instance of that name.
+pub(super) fn unknown_instance() -> OpenFault {
+    OpenFault::NoLink("it is not in the room".into())
+}

@@ -1,0 +1,186 @@
+//! What the relay tells of the room, and the messages that pass through it.
+
+use std::time::Instant;
+
+use peerfleet_proto::{
+    exchange::{self, Address, Transmit},
+    presence::Presence,
+    request::{Failure, FailureKind, Outcome, Request},
+    uplink::{self, LostReason},
+    wire::relay::{self, RelayFrame, RelayToPeer, Welcome},
+};
+
+use super::{Actor, LineEvent};
+use crate::mesh::{AskFault, Caller, UplinkState, roster::Member, wire::ToRelay};
+
+impl Actor {
+    /// Something happened on the line to the relay.
+    pub(super) async fn line_event(&mut self, event: LineEvent, now: Instant) {
+        match event {
+            LineEvent::Connected(addresses) => {
+                self.relay = addresses;
+                self.uplink.handle_connected(now);
+            }
+            LineEvent::Heard => self.uplink.handle_heard(now),
+            LineEvent::Ended(why) => {
+                tracing::debug!(%why, "no connection to the relay");
+                self.uplink.handle_disconnected(now, &mut self.rng);
+            }
+            LineEvent::Frame(frame) => self.frame(frame, now),
+        }
+        self.drain_uplink(now);
+    }
+
+    fn frame(&mut self, frame: RelayFrame, now: Instant) {
+        match frame {
+            RelayFrame::Control(RelayToPeer::Refused(refused)) => {
+                self.uplink.handle_heard(now);
+                self.exchange.handle_refused(refused, now);
+            }
+            RelayFrame::Control(word) => self.uplink.handle_control(word, now, &mut self.rng),
+            RelayFrame::Message { from, sealed } => {
+                self.uplink.handle_heard(now);
+                self.exchange.handle_message(from, &sealed, now, &mut self.rng);
+            }
+            RelayFrame::MulticastShare { from, part, shared } => {
+                self.uplink.handle_heard(now);
+                self.exchange.handle_share(from, &part, &shared, now, &mut self.rng);
+            }
+            // The wire hands these to the links.
+            RelayFrame::Datagram(_) => {}
+        }
+    }
+
+    /// Carries out what the uplink wants.
+    pub(super) fn drain_uplink(&mut self, now: Instant) {
+        while let Some(event) = self.uplink.poll_event() {
+            self.uplink_event(event, now);
+        }
+    }
+
+    fn uplink_event(&mut self, event: uplink::Event, now: Instant) {
+        match event {
+            uplink::Event::Connect => self.line.connect(),
+            uplink::Event::Disconnect => self.line.cut(),
+            uplink::Event::Joined(welcome) => self.joined(&welcome, now),
+            uplink::Event::RosterComplete => {
+                tracing::info!("in the room");
+                self.members.set_uplink(UplinkState::Joined, now);
+            }
+            uplink::Event::MemberJoined(member)
+            | uplink::Event::MemberMoved(member)
+            | uplink::Event::PresenceChanged(member) => self.member(&member, now),
+            uplink::Event::MemberLeft(member) => self.member_left(&member, now),
+            uplink::Event::Lost(reason) => self.lost(reason, now),
+        }
+    }
+
+    fn joined(&mut self, welcome: &Welcome, now: Instant) {
+        let responders = if welcome.stun { self.relay.clone() } else { Vec::new() };
+        self.paths.set_responders(responders, now);
+    }
+
+    fn member(&mut self, member: &relay::Member, now: Instant) {
+        let presence = match self.opener.open(member.peer, member.instance, &member.presence) {
+            Ok(presence) => presence,
+            Err(fault) => {
+                tracing::debug!(instance = %member.instance, %fault, "a presence was not taken");
+                return;
+            }
+        };
+        let address = Address { peer: member.peer, instance: member.instance };
+        self.exchange.member_joined(address, member.slot, presence.epoch, now);
+        self.book.set_slot(member.instance, Some(member.slot));
+        let known = Member { peer: member.peer, presence, slot: Some(member.slot) };
+        self.members.set(member.instance, known, now);
+    }
+
+    fn member_left(&mut self, member: &relay::Member, now: Instant) {
+        self.exchange.member_left(member.instance, now);
+        self.book.set_slot(member.instance, None);
+        let has_link = self.book.knows(member.instance);
+        self.members.left(member.instance, has_link, now);
+        self.opener.forget(member.instance);
+    }
+
+    fn lost(&mut self, reason: LostReason, now: Instant) {
+        tracing::info!(%reason, "out of the room; trying to come back");
+        self.exchange.uplink_lost(now);
+        self.book.clear_slots();
+        self.members.set_uplink(UplinkState::Joining, now);
+        // What was to be sent names slots that are gone.
+        self.outgoing = None;
+        while self.exchange.poll_transmit().is_some() {}
+    }
+
+    /// The next frame for the relay: the uplink's own first.
+    pub(super) fn next_frame(&mut self) -> Option<ToRelay> {
+        match self.uplink.poll_transmit() {
+            Some(uplink::Transmit::Frame(frame)) => return Some(ToRelay::Frame(frame)),
+            Some(uplink::Transmit::Ping) => return Some(ToRelay::Ping),
+            None => {}
+        }
+        let Transmit::Frame(frame) = self.exchange.poll_transmit()?;
+        Some(ToRelay::Frame(frame))
+    }
+
+    /// Something happened to a request.
+    pub(super) async fn exchange_event(&mut self, event: exchange::Event, now: Instant) {
+        match event {
+            exchange::Event::Asked { caller, id, request } => {
+                let caller = Caller { peer: caller.peer, instance: caller.instance };
+                match request {
+                    Request::Link(offer) => {
+                        let outcome = self.link_offered(caller, &offer, now).await;
+                        self.exchange.answer(caller.instance, id, outcome, now);
+                    }
+                    Request::Candidates(update) => {
+                        let outcome = self.candidates_told(caller, update, now);
+                        self.exchange.answer(caller.instance, id, outcome, now);
+                    }
+                    request => self.serve(caller, id, request, now),
+                }
+            }
+            exchange::Event::Accepted { id, from } => self.asks.accepted(id, from),
+            exchange::Event::Answered { id, from, outcome } => {
+                let about_link = self.asks.ended(id, from, Ok(outcome));
+                self.link_answered(about_link);
+            }
+            exchange::Event::Failed { id, from, fault } => {
+                let about_link = self.asks.ended(id, from, Err(fault.into()));
+                self.link_answered(about_link);
+            }
+            exchange::Event::EpochChanged(epoch) => {
+                self.presence = Presence { epoch, ..self.presence.clone() };
+                self.publish_presence();
+            }
+        }
+    }
+
+    fn candidates_told(
+        &mut self,
+        caller: Caller,
+        update: peerfleet_proto::request::link::CandidateUpdate,
+        now: Instant,
+    ) -> Outcome {
+        match self.book.remote(caller.instance) {
+            Some(remote) => {
+                self.paths.set_theirs(&remote, update.candidates, now);
+                Outcome::Done
+            }
+            None => Outcome::Failed(Failure::new(FailureKind::NotFound, "there is no link", "offer one first")),
+        }
+    }
+}
+
+impl From<exchange::AskFault> for AskFault {
+    fn from(fault: exchange::AskFault) -> Self {
+        match fault {
+            exchange::AskFault::Unreachable | exchange::AskFault::UnknownPeer => Self::Unreachable,
+            exchange::AskFault::Lost => Self::Lost,
+            exchange::AskFault::DeadlineExceeded => Self::DeadlineExceeded,
+            exchange::AskFault::TooLarge => Self::TooLarge,
+            exchange::AskFault::Busy => Self::Busy,
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Drives hole punching: one agent per link, one socket, and what this host knows of its own addresses.
+//!
+//! In: notes of the socket, the relay's addresses, links that were agreed. Out: STUN packets, [`PathEvent`]s.
+//! Never decides which path is good: [`peerfleet_proto::path`] does.
+//! Nothing happens before the first link: without one there is no socket.
+//! Bounds: those of the agents; interfaces are looked at every [`LOOK_EVERY`] while there are agents.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use peerfleet_proto::{
+    limits::MAX_CANDIDATES,
+    path::{Agent, CheckKey, Config, Direct, Event, Handled, Reflexive, Role, Transmit},
+    request::link::{Candidate, CandidateKind},
+};
+
+use super::{
+    interfaces::host_candidates,
+    routes::{Remote, Routes},
+    socket::FromSocket,
+};
+use crate::random;
+
+/// How often the interfaces are looked at: reading the kernel's table takes about a millisecond, and a laptop that wakes
+/// in another network waits no longer than this.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// What the drivers of links should know.
+#[derive(Debug)]
+pub(super) enum PathEvent {
+    /// This link's packets travel another way now.
+    Changed {
+        /// Whose.
+        remote: Arc<Remote>,
+        /// Directly, or by way of the relay.
+        direct: Option<Direct>,
+    },
+    /// Our own candidates changed: the others should know.
+    Candidates(Vec<Candidate>),
+}
+
+/// The agents, and what they share.
+pub(super) struct Paths {
+    socket: Option<(u16, bool)>,
+    relay: Vec<SocketAddr>,
+    hosts: Vec<Candidate>,
+    reflexive: Reflexive,
+    agents: BTreeMap<SocketAddr, Entry>,
+    look_at: Instant,
+    events: VecDeque<PathEvent>,
+}
+
+struct Entry {
+    agent: Agent,
+    remote: Arc<Remote>,
+}
+
+impl Paths {
+    /// No socket yet, and no agents.
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            socket: None,
+            relay: Vec::new(),
+            hosts: Vec::new(),
+            reflexive: Reflexive::new(random::bytes(), now),
+            agents: BTreeMap::new(),
+            look_at: now,
+            events: VecDeque::new(),
+        }
+    }
+
+    /// There is a socket from now on: its port, and whether it speaks IPv6.
+    pub(super) fn open(&mut self, socket: (u16, bool), now: Instant) {
+        self.socket = Some(socket);
+        self.hosts = host_candidates(socket.0, socket.1);
+        self.reflexive.set_responders(&self.relay, now);
+    }
+
+    /// Where the relay answers STUN; nowhere if it does not.
+    pub(super) fn set_responders(&mut self, relay: Vec<SocketAddr>, now: Instant) {
+        self.relay = relay;
+        if self.socket.is_some() {
+            self.reflexive.set_responders(&self.relay, now);
+        }
+    }
+
+    /// Where we might be reached, best first.
+    pub(super) fn candidates(&self) -> Vec<Candidate> {
+        let seen = self.reflexive.addresses().into_iter();
+        let reflexive = seen
+            .filter(|addr| self.hosts.iter().all(|host| host.addr != *addr))
+            .map(|addr| Candidate { kind: CandidateKind::ServerReflexive, addr });
+        let mut all: Vec<_> = reflexive.chain(self.hosts.iter().copied()).collect();
+        all.truncate(MAX_CANDIDATES);
+        all
+    }
+
+    /// A link was agreed that may travel directly.
+    pub(super) fn add(&mut self, remote: Arc<Remote>, key: CheckKey, role: Role, theirs: Vec<Candidate>, now: Instant) {
+        if self.socket.is_none() {
+            return;
+        }
+        if self.agents.is_empty() {
+            self.look_at = now + LOOK_EVERY;
+            self.reflexive.set_active(true, now);
+        }
+        let mut agent = Agent::new(Config { key, role, seed: random::bytes() }, now);
+        agent.set_local(self.candidates(), now);
+        agent.set_remote(theirs, now);
+        self.agents.insert(remote.mapped, Entry { agent, remote });
+    }
+
+    /// A link ended.
+    pub(super) fn remove(&mut self, remote: &Remote, now: Instant) {
+        self.agents.remove(&remote.mapped);
+        if self.agents.is_empty() {
+            self.reflexive.set_active(false, now);
+        }
+    }
+
+    /// The other side has other candidates.
+    pub(super) fn set_theirs(&mut self, remote: &Remote, theirs: Vec<Candidate>, now: Instant) {
+        if let Some(entry) = self.agents.get_mut(&remote.mapped) {
+            entry.agent.set_remote(theirs, now);
+        }
+    }
+
+    /// The socket saw something.
+    pub(super) fn handle_note(&mut self, note: FromSocket, routes: &Routes, now: Instant) {
+        match note {
+            FromSocket::Stun { from, packet } => self.handle_stun(from, &packet, routes, now),
+            FromSocket::Sent { mapped } => {
+                if let Some(entry) = self.agents.get_mut(&mapped) {
+                    entry.agent.on_sent(now);
+                }
+            }
+            FromSocket::Received { mapped, from } => {
+                if let Some(entry) = self.agents.get_mut(&mapped) {
+                    entry.agent.on_received(from, now);
+                }
+            }
+        }
+    }
+
+    /// Gives a packet to whoever it belongs to. Whose it is shows in the packet, and only its owner's key proves it.
+    fn handle_stun(&mut self, from: SocketAddr, packet: &[u8], routes: &Routes, now: Instant) {
+        if !matches!(self.reflexive.handle_packet(from, packet, now), Handled::Ignored(_)) {
+            return;
+        }
+        for entry in self.agents.values_mut() {
+            match entry.agent.handle_packet(from, packet, now) {
+                Handled::Check | Handled::Answer => return routes.prove_source(&entry.remote, from),
+                Handled::Ignored(_) => {}
+            }
+        }
+    }
+
+    fn look(&mut self, now: Instant) {
+        let Some((port, with_ipv6)) = self.socket else { return };
+        let hosts = host_candidates(port, with_ipv6);
+        if hosts == self.hosts {
+            return;
+        }
+        tracing::info!("an interface changed: looking for paths anew");
+        self.hosts = hosts;
+        self.reflexive.restart(now);
+        for entry in self.agents.values_mut() {
+            entry.agent.restart(now);
+        }
+        self.tell_candidates(now);
+    }
+
+    fn tell_candidates(&mut self, now: Instant) {
+        let candidates = self.candidates();
+        for entry in self.agents.values_mut() {
+            entry.agent.set_local(candidates.clone(), now);
+        }
+        self.events.push_back(PathEvent::Candidates(candidates));
+    }
+
+    /// The next packet to send.
+    pub(super) fn poll_transmit(&mut self) -> Option<Transmit> {
+        let from_agents = || self.agents.values_mut().find_map(|entry| entry.agent.poll_transmit());
+        self.reflexive.poll_transmit().or_else(from_agents)
+    }
+
+    /// The next thing that happened.
+    pub(super) fn poll_event(&mut self, now: Instant) -> Option<PathEvent> {
+        let mut found = false;
+        while self.reflexive.poll_event().is_some() {
+            found = true;
+        }
+        if found {
+            self.tell_candidates(now);
+        }
+        let queued = self.events.pop_front();
+        queued.or_else(|| {
+            self.agents.values_mut().find_map(|entry| {
+                let Event::PathChanged(direct) = entry.agent.poll_event()?;
+                Some(PathEvent::Changed { remote: Arc::clone(&entry.remote), direct })
+            })
+        })
+    }
+
+    /// When to call [`Paths::handle_timeout`].
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.socket?;
+        let agents = self.agents.values().filter_map(|entry| entry.agent.poll_timeout()).min();
+        let look = (!self.agents.is_empty()).then_some(self.look_at);
+        [agents, look, self.reflexive.poll_timeout()].into_iter().flatten().min()
+    }
+
+    /// The time is now.
+    pub(super) fn handle_timeout(&mut self, now: Instant) {
+        if !self.agents.is_empty() && self.look_at <= now {
+            self.look_at = now + LOOK_EVERY;
+            self.look(now);
+        }
+        if self.reflexive.poll_timeout().is_some_and(|at| at <= now) {
+            self.reflexive.handle_timeout(now);
+        }
+        for entry in self.agents.values_mut() {
+            if entry.agent.poll_timeout().is_some_and(|at| at <= now) {
+                entry.agent.handle_timeout(now);
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Who is in the room, as the relay tells and presence proves.
+//!
+//! In: members with what they said of themselves, links that stand. Out: the [`Roster`] that everybody reads.
+//! Never lists whose presence does not open: the relay named somebody who is none of us.
+//! Bounds: those of the uplink's members; a new roster at most every [`PUBLISH_EVERY`], for a room that fills at once is
+//! otherwise copied once for each who comes.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use peerfleet_proto::{
+    id::{InstanceId, PeerId, Slot},
+    presence::Presence,
+};
+use tokio::sync::watch;
+
+use super::{PeerEntry, Roster, UplinkState, agreement::Book};
+
+/// Time between two rosters.
+const PUBLISH_EVERY: Duration = Duration::from_millis(10);
+
+/// One other instance.
+#[derive(Debug)]
+pub(super) struct Member {
+    /// Its identity.
+    pub(super) peer: PeerId,
+    /// What it says of itself.
+    pub(super) presence: Presence,
+    /// The relay's number for it, while it is in the room and we are.
+    pub(super) slot: Option<Slot>,
+}
+
+/// Every instance that is known.
+pub(super) struct Members {
+    known: BTreeMap<InstanceId, Member>,
+    uplink: UplinkState,
+    roster: watch::Sender<Arc<Roster>>,
+    publish_at: Option<Instant>,
+    published: Option<Instant>,
+}
+
+impl Members {
+    /// Nobody, and not in the room.
+    pub(super) fn new() -> Self {
+        let uplink = UplinkState::Joining;
+        let roster = watch::Sender::new(Arc::new(Roster { uplink, peers: Vec::new() }));
+        Self { known: BTreeMap::new(), uplink, roster, publish_at: None, published: None }
+    }
+
+    /// The roster, kept up to date.
+    pub(super) fn subscribe(&self) -> watch::Receiver<Arc<Roster>> {
+        self.roster.subscribe()
+    }
+
+    /// One that is known.
+    pub(super) fn get(&self, instance: InstanceId) -> Option<&Member> {
+        self.known.get(&instance)
+    }
+
+    /// Somebody came, moved or changed.
+    pub(super) fn set(&mut self, instance: InstanceId, member: Member, now: Instant) {
+        self.known.insert(instance, member);
+        self.changed(now);
+    }
+
+    /// Somebody left the room; who has a link is still known.
+    pub(super) fn left(&mut self, instance: InstanceId, has_link: bool, now: Instant) {
+        if !has_link {
+            self.known.remove(&instance);
+        } else if let Some(member) = self.known.get_mut(&instance) {
+            member.slot = None;
+        }
+        self.changed(now);
+    }
+
+    /// The connection to the relay stands otherwise.
+    pub(super) fn set_uplink(&mut self, uplink: UplinkState, now: Instant) {
+        self.uplink = uplink;
+        if uplink == UplinkState::Joining {
+            self.known.values_mut().for_each(|member| member.slot = None);
+        }
+        self.changed(now);
+    }
+
+    /// How the connection to the relay stands.
+    pub(super) fn uplink(&self) -> UplinkState {
+        self.uplink
+    }
+
+    /// Something that the roster shows has changed.
+    pub(super) fn changed(&mut self, now: Instant) {
+        let earliest = self.published.map_or(now, |published| published + PUBLISH_EVERY);
+        self.publish_at.get_or_insert(earliest.max(now));
+    }
+
+    /// When [`Members::publish`] is due.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        self.publish_at
+    }
+
+    /// Shows the roster, if it changed and is due.
+    pub(super) fn publish(&mut self, links: &Book, now: Instant) {
+        if self.publish_at.is_none_or(|at| at > now) {
+            return;
+        }
+        self.publish_at = None;
+        self.published = Some(now);
+        let listed = self.known.iter().filter(|(instance, member)| member.slot.is_some() || links.is_up(**instance));
+        let mut peers: Vec<PeerEntry> = listed
+            .map(|(instance, member)| PeerEntry {
+                peer: member.peer,
+                instance: *instance,
+                presence: member.presence.clone(),
+                present: member.slot.is_some(),
+            })
+            .collect();
+        peers.sort_by_key(|entry| (entry.peer, entry.instance));
+        self.roster.send_replace(Arc::new(Roster { uplink: self.uplink, peers }));
+    }
+}
