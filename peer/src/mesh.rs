@@ -7,7 +7,7 @@ use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use peerfleet_proto::{
     id::{InstanceId, PeerId, RequestId},
-    presence::{Epoch, Mode, Presence, Service},
+    presence::{Mode, Presence},
     request::{Outcome, Request, link::Route, transfer::PathNow},
     token::RoomKeys,
 };
@@ -170,34 +170,6 @@ pub struct Drops {
 #[error("{0}")]
 pub struct NotJoined(pub String);
 
-/// What an instance says of itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PresenceFacts {
-    /// The host's name.
-    pub name: String,
-    /// The host's tags.
-    pub tags: Vec<String>,
-    /// Operating system.
-    pub os: String,
-    /// Architecture.
-    pub arch: String,
-    /// Version of the peer.
-    pub version: String,
-    /// What the host lets others do.
-    pub mode: Mode,
-    /// What the host offers; nothing, if it only asks.
-    pub services: Vec<Service>,
-}
-
-impl PresenceFacts {
-    fn into_presence(mut self, epoch: Epoch) -> Presence {
-        self.tags.sort_unstable();
-        self.tags.dedup();
-        let Self { name, tags, os, arch, version, mode, services } = self;
-        Presence { name, tags, os, arch, version, mode, services, epoch }
-    }
-}
-
 /// What an instance is made of.
 pub struct MeshConfig {
     /// Where the relay is.
@@ -206,8 +178,8 @@ pub struct MeshConfig {
     pub keys: Arc<RoomKeys>,
     /// The machine's identity.
     pub identity: StaticSecret,
-    /// What it says of itself.
-    pub facts: PresenceFacts,
+    /// What it says of itself; the epoch is put in by the instance.
+    pub presence: Presence,
     /// Whether links may travel directly at all.
     pub udp: bool,
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use peerfleet_proto::{
-    exchange::{Config, Exchange},
+    exchange::{Address, Config, Exchange},
     id::{InstanceId, RequestId},
     presence::{Mode, Presence, PresenceOpener, PresenceSealer},
     request::{Failure, FailureKind, Outcome, Request, link::Route},
@@ -23,6 +23,7 @@ use tokio::{
     task::{Id, JoinError, JoinSet},
     time::sleep_until,
 };
+use zeroize::Zeroizing;
 
 use super::{
     AskFault, AskProgress, Caller, MeshConfig, OpenFault, Roster, Serve, UplinkState,
@@ -159,15 +160,14 @@ impl Actor {
         let exchange = Exchange::new(
             Config {
                 identity: config.identity.clone(),
-                peer: me.peer,
-                instance: me.instance,
+                me: Address { peer: me.peer, instance: me.instance },
                 room: keys.room(),
-                psk: *keys.psk(),
+                psk: Zeroizing::new(*keys.psk()),
             },
             &mut rng,
             now,
         );
-        let presence = config.facts.into_presence(exchange.epoch());
+        let presence = Presence { epoch: exchange.epoch(), ..config.presence };
         let mut sealer = PresenceSealer::new(keys, me.peer, me.instance);
         let credentials = Credentials { keys: Arc::clone(keys), identity: config.identity, instance: me.instance };
         let uplink = Uplink::new(credentials, sealer.seal(&presence), now);
@@ -347,7 +347,7 @@ impl Actor {
             if progress.try_send((instance, AskProgress::Asked(id))).is_err() {
                 tracing::trace!("nobody follows a request any more");
             }
-            self.asks.insert(id, Waiting::Many(progress.clone()));
+            self.asks.insert(id, Waiting::Many(instance, progress.clone()));
         }
     }
 
@@ -381,16 +381,16 @@ impl Actor {
     }
 
     fn poll_timeout(&self) -> Instant {
-        let others =
-            [self.exchange.poll_timeout(), self.paths.poll_timeout(), self.members.poll_timeout(), self.sweep_at];
-        others.into_iter().flatten().fold(self.uplink.poll_timeout(), Instant::min)
+        let others = [self.paths.poll_timeout(), self.members.poll_timeout(), self.sweep_at];
+        let always = self.uplink.poll_timeout().min(self.exchange.poll_timeout());
+        others.into_iter().flatten().fold(always, Instant::min)
     }
 
     fn timeout(&mut self, now: Instant) {
         if self.uplink.poll_timeout() <= now {
             self.uplink.handle_timeout(now, &mut self.rng);
         }
-        if self.exchange.poll_timeout().is_some_and(|at| at <= now) {
+        if self.exchange.poll_timeout() <= now {
             self.exchange.handle_timeout(now, &mut self.rng);
         }
         self.paths.handle_timeout(now);

@@ -20,7 +20,7 @@ pub(super) enum Waiting {
     /// A caller who asked one.
     One(oneshot::Sender<Result<Outcome, AskFault>>),
     /// A caller who asked many.
-    Many(mpsc::Sender<(InstanceId, AskProgress)>),
+    Many(InstanceId, mpsc::Sender<(InstanceId, AskProgress)>),
     /// We ourselves, who offered a link.
     Link(Key),
     /// We ourselves, who told our candidates: nobody needs the outcome.
@@ -38,9 +38,9 @@ impl Asks {
     }
 
     /// The other side has the request.
-    pub(super) fn accepted(&self, id: RequestId, from: InstanceId) {
-        if let Some(Waiting::Many(progress)) = self.0.get(&id) {
-            tell(progress, from, AskProgress::Accepted);
+    pub(super) fn accepted(&self, id: RequestId) {
+        if let Some(Waiting::Many(from, progress)) = self.0.get(&id) {
+            tell(progress, *from, AskProgress::Accepted);
         }
     }
 
@@ -48,7 +48,6 @@ impl Asks {
     pub(super) fn ended(
         &mut self,
         id: RequestId,
-        from: InstanceId,
         result: Result<Outcome, AskFault>,
     ) -> Option<(Key, Result<Outcome, AskFault>)> {
         match self.0.remove(&id)? {
@@ -58,7 +57,7 @@ impl Asks {
                 }
                 None
             }
-            Waiting::Many(progress) => {
+            Waiting::Many(from, progress) => {
                 tell(&progress, from, AskProgress::Ended(result));
                 None
             }
@@ -71,7 +70,7 @@ impl Asks {
     pub(super) fn take_abandoned(&mut self) -> Vec<RequestId> {
         let abandoned = |waiting: &Waiting| match waiting {
             Waiting::One(reply) => reply.is_closed(),
-            Waiting::Many(progress) => progress.is_closed(),
+            Waiting::Many(_, progress) => progress.is_closed(),
             Waiting::Link(_) | Waiting::Candidates => false,
         };
         self.0.extract_if(|_, waiting| abandoned(waiting)).map(|(id, _)| id).collect()

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use peerfleet_proto::{
-    exchange::{self, Address, Transmit},
+    exchange::{self, Address},
     presence::Presence,
     request::{Failure, FailureKind, Outcome, Request},
     uplink::{self, LostReason},
@@ -35,7 +35,7 @@ impl Actor {
         match frame {
             RelayFrame::Control(RelayToPeer::Refused(refused)) => {
                 self.uplink.handle_heard(now);
-                self.exchange.handle_refused(refused, now);
+                self.exchange.handle_refused(refused, now, &mut self.rng);
             }
             RelayFrame::Control(word) => self.uplink.handle_control(word, now, &mut self.rng),
             RelayFrame::Message { from, sealed } => {
@@ -89,7 +89,7 @@ impl Actor {
             }
         };
         let address = Address { peer: member.peer, instance: member.instance };
-        self.exchange.member_joined(address, member.slot, presence.epoch, now);
+        self.exchange.member_joined(address, member.slot, presence.epoch, now, &mut self.rng);
         self.book.set_slot(member.instance, Some(member.slot));
         let known = Member { peer: member.peer, presence, slot: Some(member.slot) };
         self.members.set(member.instance, known, now);
@@ -105,12 +105,11 @@ impl Actor {
 
     fn lost(&mut self, reason: LostReason, now: Instant) {
         tracing::info!(%reason, "out of the room; trying to come back");
-        self.exchange.uplink_lost(now);
+        self.exchange.uplink_lost();
         self.book.clear_slots();
         self.members.set_uplink(UplinkState::Joining, now);
         // What was to be sent names slots that are gone.
         self.outgoing = None;
-        while self.exchange.poll_transmit().is_some() {}
     }
 
     /// The next frame for the relay: the uplink's own first.
@@ -120,8 +119,7 @@ impl Actor {
             Some(uplink::Transmit::Ping) => return Some(ToRelay::Ping),
             None => {}
         }
-        let Transmit::Frame(frame) = self.exchange.poll_transmit()?;
-        Some(ToRelay::Frame(frame))
+        self.exchange.poll_transmit().map(ToRelay::Frame)
     }
 
     /// Something happened to a request.
@@ -141,13 +139,13 @@ impl Actor {
                     request => self.serve(caller, id, request, now),
                 }
             }
-            exchange::Event::Accepted { id, from } => self.asks.accepted(id, from),
-            exchange::Event::Answered { id, from, outcome } => {
-                let about_link = self.asks.ended(id, from, Ok(outcome));
+            exchange::Event::Accepted { id } => self.asks.accepted(id),
+            exchange::Event::Answered { id, outcome } => {
+                let about_link = self.asks.ended(id, Ok(outcome));
                 self.link_answered(about_link);
             }
-            exchange::Event::Failed { id, from, fault } => {
-                let about_link = self.asks.ended(id, from, Err(fault.into()));
+            exchange::Event::Failed { id, fault } => {
+                let about_link = self.asks.ended(id, Err(fault.into()));
                 self.link_answered(about_link);
             }
             exchange::Event::EpochChanged(epoch) => {
@@ -176,7 +174,7 @@ impl Actor {
 impl From<exchange::AskFault> for AskFault {
     fn from(fault: exchange::AskFault) -> Self {
         match fault {
-            exchange::AskFault::Unreachable | exchange::AskFault::UnknownPeer => Self::Unreachable,
+            exchange::AskFault::Unreachable => Self::Unreachable,
             exchange::AskFault::Lost => Self::Lost,
             exchange::AskFault::DeadlineExceeded => Self::DeadlineExceeded,
             exchange::AskFault::TooLarge => Self::TooLarge,
