@@ -6,12 +6,13 @@
 //! [`Layer`] (raw, one per source) -> [`Config`] (resolved). Bound: files of [`MAX_SMALL_FILE_BYTES`].
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     path::{Path, PathBuf},
     str::FromStr,
 };
 
-use peerfleet_proto::presence::Mode;
+use peerfleet_proto::{id::PeerId, presence::Mode};
 use serde::{Deserialize, Deserializer, de};
 
 use crate::{
@@ -22,7 +23,8 @@ use crate::{
 
 pub mod value;
 
-pub use value::{HostName, RelayUrl, RoomName, Tag, TokenText};
+pub use crate::mesh::RelayUrl;
+pub use value::{HostName, RoomName, Tag, TokenText};
 
 /// The relay of this very machine: nothing else is contacted unless the user named it.
 pub const DEFAULT_RELAY: &str = "ws://127.0.0.1:8080";
@@ -61,6 +63,9 @@ pub struct Layer {
     pub no_exec: Option<bool>,
     /// The folder with identity, jobs and transfers.
     pub state_dir: Option<PathBuf>,
+    /// Single identities with less or more than the mode; in the file alone.
+    #[serde(deserialize_with = "access")]
+    pub access: BTreeMap<PeerId, Mode>,
 }
 
 /// Where a value comes from.
@@ -125,6 +130,8 @@ pub struct Config {
     pub mode: Sourced<Mode>,
     /// Whether commands of others are never run.
     pub no_exec: bool,
+    /// Single identities with less or more than the mode.
+    pub access: BTreeMap<PeerId, Mode>,
     /// The state folder.
     pub state: StateDir,
 }
@@ -154,6 +161,7 @@ impl Config {
             tags: tags(&layers),
             mode: mode(&layers, &state)?,
             no_exec: layers.iter().find_map(|(layer, _)| layer.no_exec).unwrap_or(false),
+            access: file.access.clone(),
             state,
         })
     }
@@ -285,6 +293,7 @@ fn from_environment(env: &Env) -> Result<Layer> {
         mode: variable(env, env::MODE)?,
         no_exec: env.text(env::NO_EXEC)?.map(|text| switch(&text)).transpose()?,
         state_dir: env.path(env::STATE_DIR),
+        access: BTreeMap::new(),
     })
 }
 
@@ -378,6 +387,15 @@ where
 {
     let texts = Vec::<String>::deserialize(deserializer)?;
     texts.iter().map(|text| text.parse().map_err(de::Error::custom)).collect::<std::result::Result<_, _>>().map(Some)
+}
+
+fn access<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<BTreeMap<PeerId, Mode>, D::Error> {
+    let texts = BTreeMap::<String, String>::deserialize(deserializer)?;
+    let entry = |(peer, mode): (String, String)| {
+        let peer = peer.parse().map_err(|fault| de::Error::custom(format!("`{peer}` is {fault}")))?;
+        Ok((peer, mode.parse().map_err(|fault| de::Error::custom(format!("`{mode}` is {fault}")))?))
+    };
+    texts.into_iter().map(entry).collect()
 }
 
 fn token_text<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<TokenText>, D::Error> {

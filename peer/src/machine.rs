@@ -19,11 +19,14 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
+    access::Policy,
     config::Origin,
+    exec::Jobs,
     mesh::{AskFault, AskProgress, Caller, Mesh, NotJoined, OpenFault, PathView, Serve, Stream, UplinkState},
     random,
 };
 
+mod services;
 mod start;
 
 pub use start::{Role, start};
@@ -38,6 +41,8 @@ pub struct Services {
     pub for_others: Arc<dyn Serve>,
     /// What this machine's own user asks of it, judged by the operating system alone.
     pub for_here: Arc<dyn Serve>,
+    /// What runs here.
+    pub jobs: Jobs,
 }
 
 /// A host, as a front door sees it.
@@ -124,15 +129,15 @@ pub struct Machine {
     mesh: Mesh,
     services: Services,
     about: About,
-    mode: watch::Sender<Mode>,
+    policy: watch::Sender<Arc<Policy>>,
     mode_origin: Mutex<Origin>,
 }
 
 impl Machine {
-    /// Joins the parts; `mode` is what access rules read.
-    pub fn new(mesh: Mesh, services: Services, about: About, mode: watch::Sender<Mode>) -> Self {
+    /// Joins the parts; `policy` is what others are judged by.
+    pub fn new(mesh: Mesh, services: Services, about: About, policy: watch::Sender<Arc<Policy>>) -> Self {
         let mode_origin = Mutex::new(about.mode_origin.clone());
-        Self { mesh, services, about, mode, mode_origin }
+        Self { mesh, services, about, policy, mode_origin }
     }
 
     /// This process in the room.
@@ -160,7 +165,7 @@ impl Machine {
             here: false,
             link: self.mesh.path(entry.instance, Route::Auto),
         });
-        let presence = Presence { mode: *self.mode.borrow(), ..self.about.presence.clone() };
+        let presence = Presence { mode: self.policy.borrow().mode, ..self.about.presence.clone() };
         let here = presence.is_host().then(|| Host {
             peer: me.peer,
             instance: me.instance,
@@ -187,7 +192,7 @@ impl Machine {
             uplink: self.mesh.roster().borrow().uplink,
             name: presence.name,
             me: self.me(),
-            mode: *self.mode.borrow(),
+            mode: self.policy.borrow().mode,
             mode_origin: self.mode_origin.lock().unwrap_or_else(PoisonError::into_inner).to_string(),
             no_exec,
             state_dir,
@@ -196,7 +201,8 @@ impl Machine {
 
     /// Changes what this machine lets others do, from now on and until this process ends.
     pub fn set_mode(&self, mode: Mode) -> ModeChange {
-        let before = self.mode.send_replace(mode);
+        let before = self.policy.borrow().mode;
+        self.policy.send_modify(|policy| Arc::make_mut(policy).mode = mode);
         self.mesh.set_mode(mode);
         *self.mode_origin.lock().unwrap_or_else(PoisonError::into_inner) = Origin::ModeCommand;
         let overridden_by = match &self.about.mode_origin {
@@ -260,8 +266,9 @@ impl Machine {
         serve_stream(&self.services.for_here, self.me(), request).await
     }
 
-    /// Leaves the room.
+    /// Ends what runs here, and leaves the room.
     pub async fn shutdown(&self) {
+        self.services.jobs.shutdown().await;
         self.mesh.shutdown().await;
     }
 

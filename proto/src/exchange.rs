@@ -35,7 +35,7 @@ use crate::{
     request::{Failure, FailureKind, Outcome, Request},
     sealed::{
         OpenKey, SealKey, Sealed, initiation,
-        noise::{Handshake, Initiator, Responder, cipher, nonce},
+        noise::{Handshake, Identity, Initiator, Responder, cipher, nonce},
         response,
     },
     wire::{
@@ -148,6 +148,7 @@ enum Timer {
 /// All sessions, asks and answers of one instance. Call order: see [`crate`].
 pub struct Exchange {
     config: Config,
+    identity: Identity,
     epochs: Epochs,
     remotes: BTreeMap<InstanceId, Remote>,
     slots: BTreeMap<Slot, InstanceId>,
@@ -166,6 +167,7 @@ impl Exchange {
     /// An exchange that knows nobody yet.
     pub fn new(config: Config, rng: &mut impl CryptoRng, now: Instant) -> Self {
         Self {
+            identity: Identity::new(config.identity.clone()),
             config,
             epochs: Epochs::new(rng, now),
             remotes: BTreeMap::new(),
@@ -531,7 +533,7 @@ impl Exchange {
         let index = self.free_index(rng);
         let remote = self.remotes.get_mut(&to)?;
         let prologue = prologue(&self.config.room, &self.config.me, &remote.address, remote.epoch);
-        let handshake = Handshake { prologue: &prologue, psk: &self.config.psk, identity: &self.config.identity };
+        let handshake = Handshake { prologue: &prologue, psk: &self.config.psk, identity: &self.identity };
         let ephemeral = StaticSecret::random_from_rng(rng);
         let (initiator, noise) = Initiator::begin(&handshake, ephemeral, remote.address.peer.as_bytes(), plain).ok()?;
         remote.pending.push_back(index);
@@ -621,7 +623,7 @@ impl Exchange {
     fn read_initiation(&self, sender: &Address, noise: &[u8]) -> Option<(Epoch, Responder, Vec<u8>)> {
         self.epochs.accepted().find_map(|epoch| {
             let prologue = prologue(&self.config.room, sender, &self.config.me, epoch);
-            let handshake = Handshake { prologue: &prologue, psk: &self.config.psk, identity: &self.config.identity };
+            let handshake = Handshake { prologue: &prologue, psk: &self.config.psk, identity: &self.identity };
             let (responder, plain) = Responder::read(&handshake, noise).ok()?;
             Some((epoch, responder, plain))
         })

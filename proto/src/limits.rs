@@ -26,10 +26,6 @@ pub const OUTPUT_WINDOW_BYTES: usize = 1024 * 1024;
 /// So a host can hear other frames behind input that its process does not read. 256 KiB: four pipes of 64 KiB.
 pub const STDIN_WINDOW_BYTES: usize = 256 * 1024;
 
-/// Largest sealed presence, in bytes; a longer one is refused at joining. Name, tags and services of a well-tagged
-/// host need about 400.
-pub const MAX_PRESENCE_BYTES: usize = 2 * 1024;
-
 /// Most recipients of one multicast; larger fan-outs are sent as several.
 pub const MAX_MULTICAST: usize = 256;
 

@@ -174,8 +174,8 @@ golden! { reasons_to_close_a_connection: ClosingReason {
 }}
 
 golden! { what_is_inside_a_sealed_message: Message {
-    Message::Ask { .. } => Message::Ask { id: request_id(), request: Request::Ping },
-        "003333333333333333333333333333333302";
+    Message::Ask { .. } => Message::Ask { id: request_id(), settled: vec![request_id()], request: Request::Ping },
+        "0033333333333333333333333333333333013333333333333333333333333333333302";
     Message::AskShared { .. } => Message::AskShared { id: request_id(), key: [4; 32], digest: [5; 32] },
         "013333333333333333333333333333333304040404040404040404040404040404040404040404040404040404040404"
         "040505050505050505050505050505050505050505050505050505050505050505";
@@ -349,6 +349,7 @@ golden! { frames_of_a_source_on_a_pulling_stream: RangeReply {
     RangeReply::Sha256(_) => RangeReply::Sha256([8; 32]),
         "010808080808080808080808080808080808080808080808080808080808080808";
     RangeReply::Failed(_) => RangeReply::Failed(failure()), "0204026e6f02646f";
+    RangeReply::Hashing(_) => RangeReply::Hashing(300), "03ac02";
 }}
 
 golden! { frames_of_progress: Progress {

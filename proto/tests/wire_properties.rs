@@ -448,7 +448,7 @@ fn member() -> impl Strategy<Value = Member> {
 fn message() -> impl Strategy<Value = Message> {
     let id = || any::<[u8; 16]>().prop_map(RequestId::from_bytes);
     prop_oneof![
-        (id(), request()).prop_map(|(id, request)| Message::Ask { id, request }),
+        (id(), vec(id(), 0..4), request()).prop_map(|(id, settled, request)| Message::Ask { id, settled, request }),
         (id(), any::<[[u8; 32]; 2]>()).prop_map(|(id, [key, digest])| Message::AskShared { id, key, digest }),
         id().prop_map(|id| Message::Accepted { id }),
         (id(), outcome()).prop_map(|(id, outcome)| Message::Answer { id, outcome }),

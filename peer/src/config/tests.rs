@@ -49,7 +49,7 @@ fn flag_goes_before_environment_before_file() {
     let config = machine.resolve(&Layer { room: "flag".parse().ok(), ..Layer::default() }).unwrap();
     assert_eq!((config.room.value.as_str(), config.room.origin), ("flag", Origin::Flag("--room")));
     assert_eq!(
-        (config.relay.value.as_str(), config.relay.origin),
+        (config.relay.value.to_string().as_str(), config.relay.origin),
         ("ws://environment", Origin::Environment(env::RELAY))
     );
     assert_eq!(config.name.value.as_str(), "file");

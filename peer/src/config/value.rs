@@ -31,75 +31,6 @@ impl fmt::Debug for TokenText {
     }
 }
 
-/// Where the relay is: `ws://` or `wss://`, a host, maybe a port and a path. It holds no secret.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RelayUrl(String);
-
-/// A text is no [`RelayUrl`]. The text is not repeated: people put secrets into URLs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum InvalidRelayUrl {
-    /// Another scheme, or none.
-    #[error("a relay's URL begins with ws:// or wss://, as in ws://192.168.1.5:8080")]
-    Scheme,
-    /// There is no host.
-    #[error("a relay's URL names a host, as in ws://192.168.1.5:8080")]
-    NoHost,
-    /// User or password.
-    #[error("a relay's URL holds no user or password: the token is all that is needed, and never goes into a URL")]
-    UserInfo,
-    /// `?` or `#`.
-    #[error("a relay's URL ends with its path: no `?` or `#`")]
-    Query,
-    /// A character that no URL has.
-    #[error("a relay's URL has no spaces or control characters")]
-    Character,
-    /// The port is not a number.
-    #[error("the port in a relay's URL is a number from 1 to 65535")]
-    Port,
-}
-
-impl RelayUrl {
-    /// The URL as it was written.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for RelayUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for RelayUrl {
-    type Err = InvalidRelayUrl;
-
-    fn from_str(text: &str) -> Result<Self, InvalidRelayUrl> {
-        let rest = text.strip_prefix("ws://").or_else(|| text.strip_prefix("wss://")).ok_or(InvalidRelayUrl::Scheme)?;
-        if rest.chars().any(|char| char.is_whitespace() || char.is_control()) {
-            return Err(InvalidRelayUrl::Character);
-        }
-        if rest.contains(['?', '#']) {
-            return Err(InvalidRelayUrl::Query);
-        }
-        let authority = rest.split('/').next().unwrap_or_default();
-        if authority.contains('@') {
-            return Err(InvalidRelayUrl::UserInfo);
-        }
-        let (host, port) = match authority.rsplit_once(':') {
-            Some((host, port)) if !port.contains(']') => (host, Some(port)),
-            Some(_) | None => (authority, None),
-        };
-        if host.is_empty() {
-            return Err(InvalidRelayUrl::NoHost);
-        }
-        match port.map(str::parse::<u16>) {
-            None | Some(Ok(1..)) => Ok(Self(text.trim_end_matches('/').to_owned())),
-            Some(Ok(0) | Err(_)) => Err(InvalidRelayUrl::Port),
-        }
-    }
-}
-
 macro_rules! word {
     ($(#[$doc:meta])* $name:ident, $fault:ident, $what:literal, $longest:expr, $valid:path) => {
         $(#[$doc])*
@@ -166,20 +97,6 @@ impl HostName {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_relay_url_needs_scheme_and_host_and_holds_no_secret() {
-        let fault = |text: &str| text.parse::<RelayUrl>().unwrap_err();
-        assert_eq!(fault("http://h"), InvalidRelayUrl::Scheme);
-        assert_eq!(fault("ws://:80"), InvalidRelayUrl::NoHost);
-        assert_eq!(fault("ws://me:pw@h"), InvalidRelayUrl::UserInfo);
-        assert_eq!(fault("ws://h?token=1"), InvalidRelayUrl::Query);
-        assert_eq!(fault("ws://h:0"), InvalidRelayUrl::Port);
-        assert_eq!(fault("ws://h:http"), InvalidRelayUrl::Port);
-        assert_eq!("ws://h:8080/".parse::<RelayUrl>().unwrap().as_str(), "ws://h:8080");
-        assert!("wss://[::1]".parse::<RelayUrl>().is_ok());
-        assert!("wss://[::1]:443/under/here".parse::<RelayUrl>().is_ok());
-    }
 
     #[test]
     fn a_host_name_of_the_system_always_leads_to_a_name() {

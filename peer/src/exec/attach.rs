@@ -232,7 +232,7 @@ impl<'a> Speaker<'a> {
     /// Waits until the other side's carrier has everything, where the carrier tells.
     async fn acknowledged(&self) {
         if let SendHalf::Quic(stream) = &self.send
-            && let Ok(None) = stream.stopped().await
+            && stream.is_acknowledged().await
         {
             return;
         }

@@ -3,18 +3,28 @@
 use std::sync::Arc;
 
 use peerfleet_proto::{
-    presence::{Epoch, Presence, Service},
+    presence::{Epoch, Mode, Presence, Service},
     token::{RoomKeys, Token},
 };
 use tokio::sync::watch;
 
-use super::{About, Machine, Services};
+use super::{
+    About, Machine, Services,
+    services::{self, MeshCell},
+};
 use crate::{
+    access::Policy,
     config::Config,
+    exec::{Jobs, JobsConfig},
     failure::{Failure, Result},
     identity::Identity,
-    mesh::{BoxFuture, Caller, Mesh, Serve, Stream},
+    mesh::{Mesh, MeshConfig},
+    store::Store,
+    transfer::Transfers,
 };
+
+/// The database of jobs and of the audit log, in the state folder.
+const STORE: &str = "state.db";
 
 /// What an instance is to the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,9 +55,9 @@ pub async fn start(config: &Config, token: Token, role: Role) -> Result<Arc<Mach
         no_exec: config.no_exec,
         state_dir: config.state.path().display().to_string(),
     };
-    let (mode, judged) = watch::channel(config.mode.value);
-    let (mesh, services) = connect(config, identity, Arc::new(keys), &about, judged)?;
-    Ok(Arc::new(Machine::new(mesh, services, about, mode)))
+    let (policy, judged) = watch::channel(Arc::new(policy(config, role)));
+    let (mesh, services) = connect(config, role, &identity, Arc::new(keys), about.presence.clone(), judged).await?;
+    Ok(Arc::new(Machine::new(mesh, services, about, policy)))
 }
 
 fn presence(config: &Config, role: Role) -> Presence {
@@ -68,31 +78,47 @@ fn presence(config: &Config, role: Role) -> Presence {
     }
 }
 
-/// Starts services and mesh, each knowing the other.
-fn connect(
-    _config: &Config,
-    _identity: Identity,
-    _keys: Arc<RoomKeys>,
-    _about: &About,
-    _mode: watch::Receiver<peerfleet_proto::presence::Mode>,
-) -> Result<(Mesh, Services)> {
-    let _ = Services { for_others: Arc::new(Nothing), for_here: Arc::new(Nothing) };
-    Err(Failure::bug("the mesh is not connected yet"))
+/// The rules by which others are judged. A mere caller lets nobody do anything but pull what it offered.
+fn policy(config: &Config, role: Role) -> Policy {
+    let state_folder = config.state.path().canonicalize().unwrap_or_else(|_| config.state.path().to_owned());
+    let mode = if role == Role::Host { config.mode.value } else { Mode::Disabled };
+    Policy { mode, exec: !config.no_exec, access: config.access.clone(), state_folder }
 }
 
-struct Nothing;
-
-impl Serve for Nothing {
-    fn ask(
-        &self,
-        _: Caller,
-        _: peerfleet_proto::id::RequestId,
-        _: peerfleet_proto::request::Request,
-    ) -> BoxFuture<peerfleet_proto::request::Outcome> {
-        Box::pin(async { peerfleet_proto::request::Outcome::Done })
+/// Starts services and mesh, each knowing the other.
+async fn connect(
+    config: &Config,
+    role: Role,
+    identity: &Identity,
+    keys: Arc<RoomKeys>,
+    presence: Presence,
+    policy: watch::Receiver<Arc<Policy>>,
+) -> Result<(Mesh, Services)> {
+    let folder = config.state.path();
+    // A caller lives for one command beside the daemon, whose database is not its own.
+    let store = if role == Role::Host { Store::at(folder.join(STORE)) } else { Store::volatile() };
+    let jobs = Jobs::new(store.clone(), JobsConfig::new(folder.to_owned()));
+    if role == Role::Host {
+        let lost = jobs.recover().await.map_err(|fault| {
+            Failure::fixable(format!("cannot open {}", folder.join(STORE).display()))
+                .cause(fault)
+                .hint("free some space, or move the file away to begin a new list of jobs")
+        })?;
+        tracing::debug!(lost, "jobs of the run before");
     }
-
-    fn stream(&self, _: Caller, _: peerfleet_proto::request::Request, _: Stream) -> BoxFuture<()> {
-        Box::pin(async {})
-    }
+    let transfers = Transfers::new(folder);
+    let cell = MeshCell::default();
+    let for_others = services::for_others(jobs.clone(), transfers.clone(), Arc::clone(&cell), policy, store);
+    let for_here = services::for_here(transfers, Arc::clone(&cell));
+    let config = MeshConfig {
+        relay: config.relay.value.clone(),
+        keys,
+        identity: identity.secret().clone(),
+        presence,
+        udp: true,
+    };
+    let mesh = Mesh::start(config, Arc::clone(&for_others));
+    let filled = cell.set(mesh.clone());
+    debug_assert!(filled.is_ok(), "the cell is new");
+    Ok((mesh, Services { for_others, for_here, jobs }))
 }
