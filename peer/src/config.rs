@@ -37,7 +37,7 @@ pub const MODE_FILE: &str = "mode";
 
 /// What one source says. Absent is not the same as default.
 #[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct Layer {
     /// Where the relay is.
     #[serde(deserialize_with = "parsed")]
@@ -63,7 +63,7 @@ pub struct Layer {
     pub no_exec: Option<bool>,
     /// The folder with identity, jobs and transfers.
     pub state_dir: Option<PathBuf>,
-    /// Single identities with less or more than the mode; in the file alone.
+    /// Single identities with less or more than the mode; in a file only.
     #[serde(deserialize_with = "access")]
     pub access: BTreeMap<PeerId, Mode>,
 }
@@ -102,6 +102,16 @@ pub struct Sourced<T> {
     pub value: T,
     /// Where it comes from.
     pub origin: Origin,
+}
+
+impl<T> Sourced<T> {
+    /// The flag or variable that will set the value again at every start, if one did.
+    pub fn overriding(&self) -> Option<&'static str> {
+        match self.origin {
+            Origin::Flag(name) | Origin::Environment(name) => Some(name),
+            Origin::ModeCommand | Origin::File(_) | Origin::Default => None,
+        }
+    }
 }
 
 /// Where the token is to be had.
@@ -339,7 +349,7 @@ fn from_file(flag: Option<&Path>, env: &Env) -> Result<(Layer, Option<PathBuf>)>
     if layer.token.is_some() && state::is_world_readable(&path) {
         return Err(Failure::fixable(format!("will not use {}", path.display()))
             .cause("it holds the token, and everybody may read it")
-            .hint(format!("run `chmod 600 {}`, or use token_file in it", path.display())));
+            .hint(format!("run `chmod 600 {}`, or use token-file in it", path.display())));
     }
     Ok((layer, Some(path)))
 }
@@ -390,12 +400,12 @@ where
 }
 
 fn access<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<BTreeMap<PeerId, Mode>, D::Error> {
-    let texts = BTreeMap::<String, String>::deserialize(deserializer)?;
-    let entry = |(peer, mode): (String, String)| {
-        let peer = peer.parse().map_err(|fault| de::Error::custom(format!("`{peer}` is {fault}")))?;
-        Ok((peer, mode.parse().map_err(|fault| de::Error::custom(format!("`{mode}` is {fault}")))?))
-    };
-    texts.into_iter().map(entry).collect()
+    let lines = BTreeMap::<String, String>::deserialize(deserializer)?;
+    let parsed = lines.iter().map(|(peer, mode)| {
+        let peer = peer.parse().map_err(|fault| de::Error::custom(format!("`{peer}`: {fault}")))?;
+        Ok((peer, mode.parse().map_err(de::Error::custom)?))
+    });
+    parsed.collect()
 }
 
 fn token_text<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<TokenText>, D::Error> {

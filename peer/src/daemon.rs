@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use peerfleet_proto::token::Token;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
@@ -30,16 +31,23 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Takes the state folder's lock, joins the room and opens the door.
+    /// Takes the state folder, so that no other daemon runs on it.
     ///
     /// # Errors
-    /// If another daemon has the state folder, there is no usable token, or something cannot be opened.
-    pub async fn start(config: &Config, token: peerfleet_proto::token::Token, env: &Env) -> Result<Self> {
-        let Some(lock) = config.state.lock()? else {
-            return Err(Failure::fixable("a peer already runs on this state folder")
+    /// If another daemon has it.
+    pub fn lock(config: &Config) -> Result<DaemonLock> {
+        config.state.lock()?.ok_or_else(|| {
+            Failure::fixable("a peer already runs on this state folder")
                 .cause(format!("{} is in use", config.state.path().display()))
-                .hint("`peer status` shows it; for a second one on this machine give --state-dir"));
-        };
+                .hint("`peer status` shows it; for a second one on this machine give --state-dir")
+        })
+    }
+
+    /// Joins the room and opens the door.
+    ///
+    /// # Errors
+    /// If something cannot be opened or started.
+    pub async fn start(config: &Config, token: Token, env: &Env, lock: DaemonLock) -> Result<Self> {
         let machine = machine::start(config, token, Role::Host).await?;
         let door = door::Door::bind(&config.state, env)?;
         Ok(Self { machine, door, _lock: lock })

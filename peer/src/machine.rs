@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     access::Policy,
-    config::Origin,
+    config::{Origin, Sourced},
     exec::Jobs,
     mesh::{AskFault, AskProgress, Caller, Mesh, NotJoined, OpenFault, PathView, Serve, Stream, UplinkState},
     random,
@@ -105,10 +105,10 @@ pub struct About {
     pub room: String,
     /// The room as the relay knows it.
     pub room_id: RoomId,
-    /// What it says of itself to others; the mode in it is the one at the start.
+    /// What it says of itself to others.
     pub presence: Presence,
-    /// Who set the mode at the start.
-    pub mode_origin: Origin,
+    /// The mode at the start, and who set it.
+    pub mode: Sourced<Mode>,
     /// Whether commands of others are never run.
     pub no_exec: bool,
     /// The state folder.
@@ -136,7 +136,7 @@ pub struct Machine {
 impl Machine {
     /// Joins the parts; `policy` is what others are judged by.
     pub fn new(mesh: Mesh, services: Services, about: About, policy: watch::Sender<Arc<Policy>>) -> Self {
-        let mode_origin = Mutex::new(about.mode_origin.clone());
+        let mode_origin = Mutex::new(about.mode.origin.clone());
         Self { mesh, services, about, policy, mode_origin }
     }
 
@@ -183,7 +183,7 @@ impl Machine {
 
     /// How this machine stands.
     pub fn status(&self) -> Status {
-        let About { relay, room, room_id, presence, no_exec, state_dir, mode_origin: _ } = self.about.clone();
+        let About { relay, room, room_id, presence, no_exec, state_dir, mode: _ } = self.about.clone();
         Status {
             version: presence.version,
             relay,
@@ -205,11 +205,7 @@ impl Machine {
         self.policy.send_modify(|policy| Arc::make_mut(policy).mode = mode);
         self.mesh.set_mode(mode);
         *self.mode_origin.lock().unwrap_or_else(PoisonError::into_inner) = Origin::ModeCommand;
-        let overridden_by = match &self.about.mode_origin {
-            Origin::Flag(name) | Origin::Environment(name) => Some((*name).to_owned()),
-            Origin::ModeCommand | Origin::File(_) | Origin::Default => None,
-        };
-        ModeChange { before, overridden_by }
+        ModeChange { before, overridden_by: self.about.mode.overriding().map(str::to_owned) }
     }
 
     /// Asks many instances the same; each of them ends exactly once. Dropping the receiver gives up.

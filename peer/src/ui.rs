@@ -58,6 +58,11 @@ impl Ui {
         self.out_terminal
     }
 
+    /// Whether words on standard error may be coloured.
+    pub fn colours_words(&self) -> bool {
+        self.colours && self.err_terminal
+    }
+
     /// Writes one line of data.
     ///
     /// # Errors
@@ -133,8 +138,9 @@ impl Ui {
         if self.colours && self.out_terminal && !self.json { painted(paint, text) } else { text.to_owned() }
     }
 
-    fn paint_err(&self, paint: Paint, text: &str) -> String {
-        if self.colours && self.err_terminal { painted(paint, text) } else { text.to_owned() }
+    /// Colours a word on standard error, if that shows colours.
+    pub fn paint_err(&self, paint: Paint, text: &str) -> String {
+        if self.colours_words() { painted(paint, text) } else { text.to_owned() }
     }
 
     /// Words that cannot be written are lost: there is nowhere else to say so.

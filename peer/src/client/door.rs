@@ -48,10 +48,9 @@ impl DoorClient {
     /// # Errors
     /// If the daemon cannot be asked.
     pub async fn status(&self) -> Result<Status> {
-        match self.one_reply(Call::Status).await? {
-            Reply::Status(status) => Ok(status),
-            other => Err(self.odd(&other)),
-        }
+        let reply = self.one_reply(Call::Status).await?;
+        let Reply::Status(status) = reply else { return Err(self.odd(&reply)) };
+        Ok(status)
     }
 
     /// The hosts of the room.
@@ -62,10 +61,8 @@ impl DoorClient {
         let mut stream = self.call(&Call::Hosts).await.map_err(|error| self.broken(error))?;
         let mut hosts = Vec::new();
         while let Some(reply) = stream.recv.read_frame().await.map_err(|error| self.broken(error))? {
-            match reply {
-                Reply::Hosts(some) => hosts.extend(some),
-                other => return Err(self.odd(&other)),
-            }
+            let Reply::Hosts(some) = reply else { return Err(self.odd(&reply)) };
+            hosts.extend(some);
         }
         Ok(hosts)
     }
@@ -75,10 +72,9 @@ impl DoorClient {
     /// # Errors
     /// If the daemon cannot be asked.
     pub async fn joined(&self, timeout: Duration) -> Result<std::result::Result<(), NotJoined>> {
-        match self.one_reply(Call::Joined { timeout }).await? {
-            Reply::Joined(joined) => Ok(joined),
-            other => Err(self.odd(&other)),
-        }
+        let reply = self.one_reply(Call::Joined { timeout }).await?;
+        let Reply::Joined(joined) = reply else { return Err(self.odd(&reply)) };
+        Ok(joined)
     }
 
     /// Changes what the daemon's machine lets others do.
@@ -86,10 +82,9 @@ impl DoorClient {
     /// # Errors
     /// If the daemon cannot be asked.
     pub async fn set_mode(&self, mode: Mode) -> Result<ModeChange> {
-        match self.one_reply(Call::SetMode(mode)).await? {
-            Reply::ModeSet(change) => Ok(change),
-            other => Err(self.odd(&other)),
-        }
+        let reply = self.one_reply(Call::SetMode(mode)).await?;
+        let Reply::ModeSet(change) = reply else { return Err(self.odd(&reply)) };
+        Ok(change)
     }
 
     /// Asks many instances; each ends exactly once, as lost if the daemon goes away.
@@ -125,10 +120,9 @@ impl DoorClient {
     /// # Errors
     /// If the daemon cannot be asked.
     pub async fn ask_here(&self, request: Request) -> Result<Outcome> {
-        match self.one_reply(Call::AskHere(request)).await? {
-            Reply::Answered(outcome) => Ok(outcome),
-            other => Err(self.odd(&other)),
-        }
+        let reply = self.one_reply(Call::AskHere(request)).await?;
+        let Reply::Answered(outcome) = reply else { return Err(self.odd(&reply)) };
+        Ok(outcome)
     }
 
     /// Has the daemon do something on its machine, with a stream behind it.

@@ -176,11 +176,11 @@ async fn offered(
             .await
             .map_err(|fault| Setback::Lost(Failure::from_ask(host.name(), fault)))?,
     };
-    match outcome {
-        Outcome::Offered(offered) => Ok(offered),
-        Outcome::Failed(failure) => Err(setback(format!("cannot read the file on {}", quoted(from)), failure)),
-        _ => Err(Setback::Final(Failure::odd_answer(from.name()))),
+    if let Outcome::Offered(offered) = outcome {
+        return Ok(offered);
     }
+    let Outcome::Failed(failure) = outcome else { return Err(Setback::Final(Failure::odd_answer(from.name()))) };
+    Err(setback(format!("cannot read the file on {}", quoted(from)), failure))
 }
 
 async fn receiving(

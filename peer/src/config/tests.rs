@@ -114,3 +114,12 @@ fn two_tokens_of_one_source_are_refused_and_of_two_sources_the_weightier_wins() 
     let both = file.with(env::TOKEN_FILE, path.to_str().unwrap());
     assert_eq!(both.resolve(&Layer::default()).unwrap_err().exit_code(), 2);
 }
+
+#[test]
+fn the_access_table_names_whole_identities() {
+    let peer = PeerId::from_bytes([9; 32]);
+    let machine = Machine::new().with_file(&format!("[access]\n{peer} = 'bypass'\n"));
+    assert_eq!(machine.resolve(&Layer::default()).unwrap().access, BTreeMap::from([(peer, Mode::Bypass)]));
+    let failure = Machine::new().with_file("[access]\nk3v5 = 'bypass'\n").resolve(&Layer::default()).unwrap_err();
+    assert!(failure.cause.unwrap().contains("`k3v5`: not a valid id"));
+}

@@ -51,7 +51,7 @@ pub async fn start(config: &Config, token: Token, role: Role) -> Result<Arc<Mach
         room,
         room_id: keys.room(),
         presence: presence(config, role),
-        mode_origin: config.mode.origin.clone(),
+        mode: config.mode.clone(),
         no_exec: config.no_exec,
         state_dir: config.state.path().display().to_string(),
     };

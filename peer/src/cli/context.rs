@@ -1,0 +1,86 @@
+//! What every command starts from: how to speak, the environment, the global flags.
+
+use tracing_subscriber::EnvFilter;
+
+use super::Global;
+use crate::{
+    client::Client,
+    config::{Config, Layer},
+    env::{self, Env},
+    failure::Result,
+    ui::Ui,
+};
+
+/// What every command starts from.
+pub(super) struct Context {
+    pub(super) ui: Ui,
+    pub(super) env: Env,
+    global: Global,
+}
+
+impl Context {
+    pub(super) fn new(global: Global, env: Env, ui: Ui) -> Self {
+        if global.token.is_some() {
+            ui.detail("other users of this machine can see --token in the list of processes; --token-file hides it");
+        }
+        Self { ui, env, global }
+    }
+
+    /// The configuration, with these flags of the command besides the global ones.
+    pub(super) fn config(&self, flags: Layer) -> Result<Config> {
+        let global = &self.global;
+        let flags = Layer {
+            relay: global.relay.clone(),
+            room: global.room.clone(),
+            token: global.token.clone(),
+            token_file: global.token_file.clone(),
+            state_dir: global.state_dir.clone(),
+            ..flags
+        };
+        Config::resolve(&flags, global.config.as_deref(), &self.env)
+    }
+
+    /// The way to the mesh: through the daemon, or by an instance of our own if a flag names another room or relay.
+    pub(super) async fn client(&self) -> Result<Client> {
+        let config = self.config(Layer::default())?;
+        self.log("off")?;
+        let client = Client::connect(&config, self.names_a_room()).await?;
+        let way = if client.is_daemon() { "through the peer that runs here" } else { "by joining the room" };
+        self.ui.detail(&format!("reaching the room {way}"));
+        Ok(client)
+    }
+
+    /// Whether a flag names a room to join.
+    pub(super) fn names_a_room(&self) -> bool {
+        let Global { relay, room, token, token_file, .. } = &self.global;
+        relay.is_some() || room.is_some() || token.is_some() || token_file.is_some()
+    }
+
+    /// Whether a flag names a relay.
+    pub(super) fn names_a_relay(&self) -> bool {
+        self.global.relay.is_some()
+    }
+
+    /// Starts logging to standard error; what, is told by `PEER_LOG`, else by -v, else by the command.
+    pub(super) fn log(&self, by_default: &str) -> Result<()> {
+        let verbose = match self.ui.verbose {
+            0 => by_default,
+            1 => "info",
+            _ => "debug",
+        };
+        let filter = self.env.text(env::LOG)?.unwrap_or_else(|| verbose.to_owned());
+        let filter = EnvFilter::try_new(&filter).map_err(|fault| {
+            crate::failure::Failure::fixable(format!("cannot use {}", env::LOG))
+                .cause(fault)
+                .hint("write it as in `info` or `peerfleet_peer=debug`")
+        })?;
+        let colours = self.ui.colours_words();
+        // A second start, as in tests, keeps the first.
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .with_ansi(colours)
+            .try_init();
+        Ok(())
+    }
+}

@@ -1,0 +1,205 @@
+//! `peer exec`: one command on one host, as if it ran here.
+
+use std::{ffi::OsString, os::unix::ffi::OsStringExt};
+
+use clap::Args;
+use peerfleet_proto::request::exec::{Command, EndState, ExecSpec, Follow, JobEnd};
+use serde_json::json;
+
+use super::{
+    context::Context,
+    output::{Events, Raw},
+    signals,
+    span::Span,
+};
+use crate::{
+    client::{
+        Client,
+        exec::{self, Finished, Input, NotRun, Output, Stdin},
+    },
+    failure::{EXIT_BROKEN_PIPE, Failure, Result},
+    machine::Host,
+    ui::Ui,
+};
+
+/// Run a command on one host
+///
+/// Its output comes here as it is written, its exit code becomes ours: 124 if it timed out, 125 if it did not run.
+/// Ctrl-C interrupts it; twice ends it; three times leaves it. The host's mode must be `bypass`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Exec {
+    /// Name of the host, or 4 or more characters of its id
+    host: String,
+    #[command(flatten)]
+    order: OrderFlags,
+    /// End it after this time (30s, 5m, 1h)
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<Span>,
+    /// Send our standard input to it
+    #[arg(long, conflicts_with = "detach")]
+    stdin: bool,
+    /// Print the job's id and leave it running
+    #[arg(long)]
+    detach: bool,
+    /// The command and its arguments, behind `--`
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  peer exec web-1 -- uname -a
+  peer exec web-1 --shell -- 'df -h | sort'
+  peer exec db-1 --cwd /srv --env LANG=C --timeout 5m -- ./backup.sh
+  peer exec web-1 --stdin -- tar xz -C /srv < site.tar.gz
+  peer exec build --detach -- make all       then: peer logs build JOB -f";
+
+// What a command needs wherever it runs. No doc comment: clap would show it as the description of the command.
+#[derive(Debug, Clone, Args)]
+pub(super) struct OrderFlags {
+    /// Folder to run it in [default: the home of the host's user]
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<OsString>,
+    /// Variable to set for it; repeat it for more
+    #[arg(long, value_name = "K=V")]
+    env: Vec<OsString>,
+    /// Give the words to the host's shell, /bin/sh -c
+    #[arg(long)]
+    shell: bool,
+}
+
+impl OrderFlags {
+    /// The order, without a timeout and without input.
+    pub(super) fn spec(&self, command: &[OsString], follow: Follow) -> Result<ExecSpec> {
+        let words: Vec<Vec<u8>> = command.iter().cloned().map(OsString::into_vec).collect();
+        let command = if self.shell { Command::Shell(words.join(&b' ')) } else { Command::Argv(words) };
+        let cwd = self.cwd.clone().map(OsString::into_vec);
+        let env = self.env.iter().map(variable).collect::<Result<_>>()?;
+        Ok(ExecSpec { command, cwd, env, timeout: None, stdin: false, follow })
+    }
+}
+
+fn variable(text: &OsString) -> Result<(Vec<u8>, Vec<u8>)> {
+    let bytes = text.clone().into_vec();
+    match bytes.iter().position(|byte| *byte == b'=') {
+        Some(at) if at > 0 => Ok((bytes[..at].to_vec(), bytes[at + 1..].to_vec())),
+        // The text may be a value without its name: it is not repeated.
+        Some(_) | None => Err(Failure::usage("an --env is not of the form K=V")
+            .hint("write it as in --env LANG=C; an empty value is fine, an empty name is not")),
+    }
+}
+
+impl Exec {
+    pub(super) async fn run(self, context: &Context) -> Result<u8> {
+        let follow = if self.detach { Follow::Detached } else { Follow::Attached };
+        let spec = ExecSpec {
+            timeout: self.timeout.map(|span| span.0),
+            stdin: self.stdin,
+            ..self.order.spec(&self.command, follow)?
+        };
+        let client = context.client().await.map_err(Failure::not_run)?;
+        let code = match client.host(&self.host).await {
+            Ok(host) => self.on(context, &client, &host, spec).await,
+            Err(failure) => told(context.ui, NotRun { state: "unreachable", failure: failure.not_run() }),
+        };
+        client.close().await;
+        code
+    }
+
+    async fn on(&self, context: &Context, client: &Client, host: &Host, spec: ExecSpec) -> Result<u8> {
+        let ui = context.ui;
+        let mut wishes = signals::wishes(ui)?;
+        if self.detach {
+            return match exec::detach(client, host, spec, &mut wishes).await {
+                Ok(job) => started(ui, host, &job.to_string()),
+                Err(not_run) => told(ui, not_run),
+            };
+        }
+        let mut output: Box<dyn Output> =
+            if ui.json { Box::new(Events::new(ui, host)) } else { Box::new(Raw::new(ui)?) };
+        let stdin = self.stdin.then(|| Stdin::from_reader(std::io::stdin()));
+        let input = Input { stdin, wishes: &mut wishes };
+        match exec::run(client, host, spec, &mut *output, input).await {
+            Ok(finished) => ended(ui, host, &finished),
+            Err(not_run) => told(ui, not_run),
+        }
+    }
+}
+
+fn started(ui: Ui, host: &Host, job: &str) -> Result<u8> {
+    if ui.json {
+        let (id, name) = (host.peer.to_string(), host.name());
+        ui.json_line(&json!({ "event": "started", "job": job, "id": id, "name": name }))?;
+    } else {
+        ui.line(job)?;
+        ui.note(&format!("follow it with `peer logs {} {job} -f`", host.name()));
+    }
+    Ok(0)
+}
+
+/// Tells how a command ended, and gives the exit code.
+pub(super) fn ended(ui: Ui, host: &Host, finished: &Finished) -> Result<u8> {
+    if finished.broken_pipe {
+        return Ok(EXIT_BROKEN_PIPE);
+    }
+    let Some(JobEnd { state, duration }) = &finished.end else { return Ok(0) };
+    if ui.json {
+        let (exit_code, signal) = match state {
+            EndState::Exited(code) => (Some(*code), None),
+            EndState::Signalled(signal) => (None, Some(*signal)),
+            EndState::TimedOut | EndState::Cancelled | EndState::SpawnFailed(_) | EndState::Lost => (None, None),
+        };
+        let duration_ms = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        ui.json_line(&json!({
+            "event": "exit",
+            "job": finished.job.to_string(),
+            "state": word(state),
+            "exit_code": exit_code,
+            "signal": signal,
+            "duration_ms": duration_ms,
+        }))?;
+    }
+    match state {
+        EndState::Exited(_) | EndState::Signalled(_) => {}
+        EndState::TimedOut => ui.note(&format!("timed out after {}", crate::ui::human_duration(*duration))),
+        EndState::Cancelled => ui.note("cancelled"),
+        EndState::SpawnFailed(failure) => {
+            let what = format!("cannot start this on `{}`", host.name());
+            return Err(Failure::from_host(what, failure.clone()).not_run());
+        }
+        EndState::Lost => {
+            return Err(Failure::unreachable(format!("lost the command on `{}`", host.name()))
+                .cause("its peer was stopped while the command ran")
+                .hint("look on the host whether it did its work before you run it again")
+                .not_run());
+        }
+    }
+    Ok(exec::exit_code(state))
+}
+
+/// The end state's word in JSON.
+pub(super) fn word(state: &EndState) -> &'static str {
+    match state {
+        EndState::Exited(_) => "exited",
+        EndState::Signalled(_) => "signalled",
+        EndState::TimedOut => "timed_out",
+        EndState::Cancelled => "cancelled",
+        EndState::SpawnFailed(_) => "spawn_failed",
+        EndState::Lost => "lost",
+    }
+}
+
+fn told(ui: Ui, NotRun { state, failure }: NotRun) -> Result<u8> {
+    if ui.json && failure.kind != crate::failure::Kind::BrokenPipe {
+        ui.json_line(&json!({
+            "event": "exit",
+            "state": state,
+            "exit_code": null,
+            "signal": null,
+            "duration_ms": null,
+            "error": failure.to_string(),
+        }))?;
+    }
+    Err(failure)
+}

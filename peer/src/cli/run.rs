@@ -1,0 +1,94 @@
+//! `peer run`: this machine's peer, until it is told to stop.
+
+use clap::Args;
+use peerfleet_proto::presence::Mode;
+
+use super::context::Context;
+use crate::{
+    client,
+    config::{Config, HostName, Layer, Tag},
+    daemon::Daemon,
+    failure::Result,
+};
+
+/// Run this machine's peer: others see it, and may ask of it what its mode allows
+///
+/// It reconnects for ever, also to a relay that is not there yet. Other `peer` commands on this machine go through it.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct Run {
+    #[command(flatten)]
+    pub(super) host: HostFlags,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  PEER_TOKEN=pft1-… peer run --relay ws://192.168.1.5:8080 --room home
+  peer run --token-file /etc/peerfleet/token --name web-1 --tags web,eu --mode bypass
+  peer run --state-dir ~/second-peer --name second      a second peer on this machine";
+
+// Flags of a peer that others see. No doc comment: clap would show it as the description of the command.
+#[derive(Debug, Clone, Default, Args)]
+pub(super) struct HostFlags {
+    /// What this machine is called in the room [env: PEER_NAME] [default: the host name]
+    #[arg(long, value_name = "NAME")]
+    name: Option<HostName>,
+    /// Words by which it can be chosen, separated by commas [env: PEER_TAGS]
+    #[arg(long, value_name = "TAG,…", value_delimiter = ',')]
+    tags: Option<Vec<Tag>>,
+    /// What it lets others do: plan, edit, bypass or disabled [env: PEER_MODE] [default: plan]
+    #[arg(long, value_name = "MODE")]
+    mode: Option<Mode>,
+    /// Never run commands of others, whatever the mode [env: PEER_NO_EXEC]
+    #[arg(long)]
+    no_exec: bool,
+}
+
+impl HostFlags {
+    pub(super) fn layer(&self) -> Layer {
+        Layer {
+            name: self.name.clone(),
+            tags: self.tags.clone(),
+            mode: self.mode,
+            no_exec: self.no_exec.then_some(true),
+            ..Layer::default()
+        }
+    }
+}
+
+impl Run {
+    pub(super) async fn run(self, context: &Context) -> Result<u8> {
+        let config = context.config(self.host.layer())?;
+        context.log("info")?;
+        let lock = Daemon::lock(&config)?;
+        let token = client::token(&config)?;
+        warn_of_weak(context, &token);
+        let daemon = Daemon::start(&config, token, &context.env, lock).await?;
+        announce(context, &config, &daemon);
+        daemon.run().await?;
+        Ok(0)
+    }
+}
+
+/// Warns of a token that somebody could guess.
+pub(super) fn warn_of_weak(context: &Context, token: &peerfleet_proto::token::Token) {
+    if token.is_weak() {
+        context
+            .ui
+            .warn("this token looks guessable: whoever guesses it is in the room. `peer token new` makes a better one");
+    }
+}
+
+/// Says as what this machine goes into which room.
+pub(super) fn announce(context: &Context, config: &Config, daemon: &Daemon) {
+    let me = daemon.machine().me();
+    context.ui.note(&format!(
+        "`{}` ({}) goes into room `{}` on {}, mode {} ({})",
+        config.name.value,
+        me.peer.short(),
+        config.room.value,
+        config.relay.value,
+        config.mode.value,
+        config.mode.origin,
+    ));
+}
