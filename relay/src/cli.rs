@@ -237,30 +237,45 @@ fn more_files() {
 
 impl Here {
     fn ask(self, target: Option<String>) -> Result<(), Failure> {
-        let target = match target {
-            Some(target) => target,
+        let targets = match target {
+            Some(target) => vec![target],
             None => {
                 let (_, config) = resolve(Options { bind: self.bind, ..Options::default() }, self.config)?;
-                config.bind.first().copied().map(reachable).map_or_else(String::new, |address| address.to_string())
+                config.bind.first().map(|bound| reachable(*bound)).unwrap_or_default()
             }
         };
         let failure = |fault: anyhow::Error| Failure {
-            what: format!("the relay at {target} is not well"),
+            what: format!("the relay at {} is not well", targets.join(" or ")),
             cause: format!("{fault:#}"),
             hint: "is it running? name its address: `relay health ADDR`",
         };
-        let body = ask(&target).map_err(failure)?;
+        let body = first_success(targets.iter().map(|target| ask(target))).map_err(failure)?;
         writeln!(io::stdout(), "{body}").context("cannot write to stdout").map_err(failure)
     }
 }
 
-/// Where a relay that listens on `bound` is reached from its own machine.
-fn reachable(bound: SocketAddr) -> SocketAddr {
-    let loopback = match bound.ip() {
-        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+/// The first success, attempting no further than it takes; else the last failure.
+fn first_success<T>(attempts: impl Iterator<Item = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let mut last = Err(anyhow::anyhow!("there is no address to ask"));
+    for attempt in attempts {
+        if attempt.is_ok() {
+            return attempt;
+        }
+        last = attempt;
+    }
+    last
+}
+
+/// Where a relay that listens on `bound` is reached from its own machine, the likelier address first.
+fn reachable(bound: SocketAddr) -> Vec<String> {
+    let (v4, v6) = (IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST));
+    let addresses = match bound.ip() {
+        ip if !ip.is_unspecified() => vec![ip],
+        IpAddr::V4(_) => vec![v4],
+        // It serves IPv4 as well, unless told otherwise; and a container may have no IPv6 loopback.
+        IpAddr::V6(_) => vec![v6, v4],
     };
-    SocketAddr::new(if bound.ip().is_unspecified() { loopback } else { bound.ip() }, bound.port())
+    addresses.into_iter().map(|ip| SocketAddr::new(ip, bound.port()).to_string()).collect()
 }
 
 /// The host and port in an address or URL.
@@ -275,11 +290,8 @@ fn authority(target: &str) -> anyhow::Result<String> {
 fn ask(target: &str) -> anyhow::Result<String> {
     let authority = authority(target)?;
     let addresses: Vec<_> = authority.to_socket_addrs().context("its name does not resolve")?.collect();
-    let connected = addresses.iter().map(|address| TcpStream::connect_timeout(address, HEALTH_TIMEOUT));
-    let mut stream = connected
-        .reduce(|first, next| first.or(next))
-        .context("its name has no address")?
-        .context("it does not answer")?;
+    let dials = addresses.iter().map(|address| TcpStream::connect_timeout(address, HEALTH_TIMEOUT));
+    let mut stream = first_success(dials.map(|dial| dial.context("it does not answer")))?;
     stream.set_read_timeout(Some(HEALTH_TIMEOUT))?;
     stream.set_write_timeout(Some(HEALTH_TIMEOUT))?;
     write!(stream, "GET /health HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n")?;
@@ -315,8 +327,9 @@ mod tests {
 
     #[test]
     fn unspecified_address_is_reached_by_loopback() {
-        assert_eq!(reachable("0.0.0.0:8080".parse().unwrap()), "127.0.0.1:8080".parse().unwrap());
-        assert_eq!(reachable("[::]:8080".parse().unwrap()), "[::1]:8080".parse().unwrap());
-        assert_eq!(reachable("192.0.2.1:1".parse().unwrap()), "192.0.2.1:1".parse().unwrap());
+        let all = |bound: &str| reachable(bound.parse().unwrap());
+        assert_eq!(all("0.0.0.0:8080"), ["127.0.0.1:8080"]);
+        assert_eq!(all("[::]:8080"), ["[::1]:8080", "127.0.0.1:8080"]);
+        assert_eq!(all("192.0.2.1:1"), ["192.0.2.1:1"]);
     }
 }

@@ -176,7 +176,9 @@ impl Relay {
         config.check()?;
         let (mut listeners, mut responders, mut addresses) = (Vec::new(), Vec::new(), Vec::new());
         for wanted in &config.bind {
-            let (listener, responder, address) = listen(*wanted, config.stun)?;
+            // [::] alone serves IPv4 as well; beside an IPv4 address on the same port it must leave that to the other.
+            let only_v6 = config.bind.iter().any(|other| other.is_ipv4() && other.port() == wanted.port());
+            let (listener, responder, address) = listen(*wanted, only_v6, config.stun)?;
             listeners.push(listener);
             responders.extend(responder);
             addresses.push(address);
@@ -338,16 +340,16 @@ async fn accept(listeners: &[TcpListener], turn: &mut usize) -> std::io::Result<
 type Listening = (TcpListener, Option<UdpSocket>, SocketAddr);
 
 /// Listens on one address. If the system chooses the port, it is one that TCP and UDP both have free.
-fn listen(wanted: SocketAddr, stun: bool) -> Result<Listening, RelayError> {
+fn listen(wanted: SocketAddr, only_v6: bool, stun: bool) -> Result<Listening, RelayError> {
     let mut attempt = 0;
     loop {
         attempt += 1;
         let fault = |protocol| move |cause| RelayError::Bind { address: wanted, protocol, cause };
-        let (listener, address) = listen_tcp(wanted).map_err(fault("TCP"))?;
+        let (listener, address) = listen_tcp(wanted, only_v6).map_err(fault("TCP"))?;
         if !stun {
             return Ok((listener, None, address));
         }
-        match listen_udp(address) {
+        match listen_udp(address, only_v6) {
             Ok(responder) => return Ok((listener, Some(responder), address)),
             Err(_) if wanted.port() == 0 && attempt < PORT_ATTEMPTS => {}
             Err(cause) => return Err(RelayError::Bind { address, protocol: "UDP", cause }),
@@ -355,8 +357,8 @@ fn listen(wanted: SocketAddr, stun: bool) -> Result<Listening, RelayError> {
     }
 }
 
-fn listen_tcp(wanted: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> {
-    let socket = open(wanted, socket2::Type::STREAM)?;
+fn listen_tcp(wanted: SocketAddr, only_v6: bool) -> std::io::Result<(TcpListener, SocketAddr)> {
+    let socket = open(wanted, only_v6, socket2::Type::STREAM)?;
     socket.set_reuse_address(true)?;
     socket.bind(&wanted.into())?;
     socket.listen(BACKLOG)?;
@@ -365,17 +367,17 @@ fn listen_tcp(wanted: SocketAddr) -> std::io::Result<(TcpListener, SocketAddr)> 
     Ok((listener, address))
 }
 
-fn listen_udp(wanted: SocketAddr) -> std::io::Result<UdpSocket> {
-    let socket = open(wanted, socket2::Type::DGRAM)?;
+fn listen_udp(wanted: SocketAddr, only_v6: bool) -> std::io::Result<UdpSocket> {
+    let socket = open(wanted, only_v6, socket2::Type::DGRAM)?;
     socket.bind(&wanted.into())?;
     UdpSocket::from_std(socket.into())
 }
 
-fn open(wanted: SocketAddr, kind: socket2::Type) -> std::io::Result<socket2::Socket> {
+fn open(wanted: SocketAddr, only_v6: bool, kind: socket2::Type) -> std::io::Result<socket2::Socket> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(wanted), kind, None)?;
-    // So that 0.0.0.0 and [::] can be named side by side, and each means what it says on every system.
+    // Set in either case, because systems differ in what they do unasked.
     if wanted.is_ipv6() {
-        socket.set_only_v6(true)?;
+        socket.set_only_v6(only_v6)?;
     }
     socket.set_nonblocking(true)?;
     Ok(socket)

@@ -185,6 +185,22 @@ async fn ipv6_is_served_beside_ipv4() {
 }
 
 #[tokio::test]
+async fn unspecified_ipv6_address_serves_ipv4_as_well_unless_ipv4_is_named_too() {
+    let relay = TestRelay::start(Config { bind: vec!["[::]:0".parse().unwrap()], ..config() });
+    let by_ipv4 = std::net::SocketAddr::from(([127, 0, 0, 1], relay.address.port()));
+    let (_peer, welcome, _) = TestPeer::join(by_ipv4, &room()).await;
+    assert_eq!(welcome.observed.ip(), by_ipv4.ip(), "told as the IPv4 address it is");
+    drop(relay);
+    // A port that was free a moment ago; should somebody else have it by now, another one will do.
+    let side_by_side = (0..20).any(|_| {
+        let port = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let bind = vec![([0, 0, 0, 0], port).into(), ([0_u16; 8], port).into()];
+        peerfleet_relay::Relay::bind(Config { bind, ..config() }).is_ok()
+    });
+    assert!(side_by_side);
+}
+
+#[tokio::test]
 async fn health_counts_rooms_and_peers_and_tells_no_id() {
     let relay = TestRelay::start(config());
     let keys = room();
