@@ -33,7 +33,7 @@ use tokio::{
     sync::watch,
     task::{Id, JoinError, JoinSet},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 pub mod cli;
 pub mod config;
@@ -225,8 +225,9 @@ impl Relay {
                 Some(ended) = lobby.tasks.join_next_with_id() => lobby.ended(ended),
                 accepted = accept(&listeners, &mut turn) => match accepted {
                     Ok((stream, remote)) => lobby.welcome(stream, remote),
+                    Err(cause) if is_of_one_connection(&cause) => debug!(%cause, "a connection ended before it began"),
                     Err(cause) => {
-                        warn!(%cause, "cannot accept a connection");
+                        warn!(%cause, "cannot accept connections");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -282,11 +283,14 @@ impl Guests {
     fn ended(&mut self, ended: Result<(Id, ()), JoinError>) {
         let id = match ended {
             Ok((id, ())) => id,
-            Err(fault) => {
-                if fault.is_panic() {
-                    error!(%fault, "a connection's task panicked; this is a bug");
-                }
+            Err(fault) if fault.is_panic() => {
+                error!(%fault, "a connection's task panicked; this is a bug");
+                self.core.metrics.closed(CloseReason::Lost);
                 fault.id()
+            }
+            Err(ended_by_us) => {
+                self.core.metrics.closed(CloseReason::ShuttingDown);
+                ended_by_us.id()
             }
         };
         if let Some((origin, entry)) = self.entries.remove(&id) {
@@ -317,7 +321,10 @@ impl Guests {
                 }
             }
         }
-        self.tasks.shutdown().await;
+        self.tasks.abort_all();
+        while let Some(ended) = self.tasks.join_next_with_id().await {
+            self.ended(ended);
+        }
     }
 }
 
@@ -335,6 +342,12 @@ async fn accept(listeners: &[TcpListener], turn: &mut usize) -> std::io::Result<
         Poll::Pending
     })
     .await
+}
+
+/// Whether an accept failed because of the connection it would have been, not for want of something in the system.
+fn is_of_one_connection(cause: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    [ConnectionAborted, ConnectionRefused, ConnectionReset].contains(&cause.kind())
 }
 
 type Listening = (TcpListener, Option<UdpSocket>, SocketAddr);

@@ -138,6 +138,11 @@ impl Socket {
         self.allowance = TURN_BYTES;
     }
 
+    /// What was read made work as if it had been this many bytes more.
+    pub(crate) fn charge(&mut self, bytes: usize) {
+        self.allowance = self.allowance.saturating_sub(bytes);
+    }
+
     pub(crate) fn sent(&self) -> u64 {
         self.sent
     }

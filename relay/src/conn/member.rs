@@ -169,6 +169,8 @@ impl Membership {
         let own = self.seat.slot();
         for (to, part) in multicast.parts() {
             let share = multicast.share(own, part);
+            // One frame can make 256 large ones.
+            self.ws.get_mut().charge(share.len());
             let sent = self.seat.send_message(to, wire(&share));
             self.account_message(to, multicast.tag, Forwarded::Share, share.len(), sent);
         }
