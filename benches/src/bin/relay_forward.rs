@@ -184,7 +184,10 @@ async fn connect(address: SocketAddr, keys: Option<&RoomKeys>) -> Result<(Client
                 client.send(Message::Binary(control(&PeerToRelay::Join(join)))).await?;
             }
             RelayFrame::Control(RelayToPeer::Welcome(Welcome { slot, .. })) => return Ok((client, slot)),
-            other => bail!("no welcome but {other:?}"),
+            other @ (RelayFrame::Control(_)
+            | RelayFrame::Message { .. }
+            | RelayFrame::MulticastShare { .. }
+            | RelayFrame::Datagram(_)) => bail!("no welcome but {other:?}"),
         }
     }
 }
