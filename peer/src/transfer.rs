@@ -9,6 +9,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -22,7 +23,7 @@ use peerfleet_proto::{
     },
     transfer::MAX_LANES,
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 
 use crate::mesh::{Caller, Mesh, Stream};
 
@@ -38,7 +39,7 @@ mod whole;
 pub use lanes::{LaneFault, Lanes, LocalLanes, MeshLanes};
 pub use receive::{ReceiveEnd, Received};
 
-use source::{Offer, OpenSource};
+use source::{Content, Offer, OpenSource};
 
 /// Most files on offer at a time, by whomever; a further offer is refused as busy.
 pub const MAX_OFFERS: usize = 4096;
@@ -101,17 +102,14 @@ impl Transfers {
 
     /// Serves one pulling stream: says so first, then ranges as they are asked for, until the receiver ends it.
     pub async fn serve_pull(&self, caller: Caller, spec: PullSpec, mut stream: Stream) {
-        let opened = match self.begin_pull(caller, spec.ticket).await {
-            Ok(opened) => opened,
-            Err(failure) => {
-                refuse(&mut stream, failure).await;
-                return;
-            }
+        let served = match self.begin_pull(caller, spec.ticket) {
+            Ok((_counted, content)) => match blocking(move || content.open()).await.and_then(|opened| opened) {
+                Ok(opened) => serve(&opened, stream).await,
+                Err(failure) => refuse(&mut stream, failure).await,
+            },
+            Err(failure) => refuse(&mut stream, failure).await,
         };
-        let _lane = LaneGuard { transfers: self, ticket: spec.ticket };
-        if stream.send.write_frame(&Outcome::Pulling).await.is_ok()
-            && let Err(error) = source::serve_lane(&opened, stream).await
-        {
+        if let Err(error) = served {
             tracing::debug!(%error, "a pulling stream ended early");
         }
     }
@@ -199,20 +197,15 @@ impl Transfers {
         Ok(offered)
     }
 
-    /// The opened file of a ticket, with one more lane counted.
-    async fn begin_pull(&self, caller: Caller, ticket: Ticket) -> Result<Arc<OpenSource>, Failure> {
-        let transfers = self.clone();
-        blocking(move || {
-            let mut offers = transfers.offers();
-            let offer = offers.get_mut(&ticket).filter(|offer| offer.receiver == caller.peer).ok_or_else(unknown)?;
-            if offer.lanes >= MAX_LANES {
-                return Err(too_many());
-            }
-            let opened = offer.open()?;
-            offer.lanes += 1;
-            Ok(opened)
-        })
-        .await?
+    /// The file of a ticket, with one more lane counted for as long as the guard lives.
+    fn begin_pull(&self, caller: Caller, ticket: Ticket) -> Result<(LaneGuard<'_>, Arc<Content>), Failure> {
+        let mut offers = self.offers();
+        let offer = offers.get_mut(&ticket).filter(|offer| offer.receiver == caller.peer).ok_or_else(unknown)?;
+        if offer.lanes >= MAX_LANES {
+            return Err(too_many());
+        }
+        offer.lanes += 1;
+        Ok((LaneGuard { transfers: self, ticket }, Arc::clone(&offer.content)))
     }
 
     fn end_pull(&self, ticket: Ticket) {
@@ -220,18 +213,20 @@ impl Transfers {
         let Some(offer) = offers.get_mut(&ticket) else { return };
         offer.lanes -= 1;
         offer.last_used = Instant::now();
+        // Without a runtime the process is on its way out, and the file is closed by that.
+        let Ok(runtime) = Handle::try_current() else { return };
         if offer.lanes > 0 {
             return;
         }
         let inner = Arc::downgrade(&self.0);
-        tokio::spawn(async move {
+        runtime.spawn(async move {
             tokio::time::sleep(KEPT_OPEN).await;
             let Some(inner) = inner.upgrade() else { return };
-            if let Some(offer) = Self(inner).offers().get_mut(&ticket)
+            if let Some(offer) = Self(inner).offers().get(&ticket)
                 && offer.lanes == 0
                 && offer.last_used.elapsed() >= KEPT_OPEN
             {
-                offer.opened = None;
+                offer.content.close();
             }
         });
     }
@@ -253,10 +248,14 @@ impl Drop for LaneGuard<'_> {
     }
 }
 
-async fn refuse(stream: &mut Stream, failure: Failure) {
-    if stream.send.write_frame(&Outcome::Failed(failure)).await.is_ok() {
-        let _receiver_gone = stream.send.finish().await;
-    }
+async fn serve(opened: &Arc<OpenSource>, mut stream: Stream) -> io::Result<()> {
+    stream.send.write_frame(&Outcome::Pulling).await?;
+    source::serve_lane(opened, stream).await
+}
+
+async fn refuse(stream: &mut Stream, failure: Failure) -> io::Result<()> {
+    stream.send.write_frame(&Outcome::Failed(failure)).await?;
+    stream.send.finish().await
 }
 
 /// Runs what touches the disk where it may wait.

@@ -145,7 +145,10 @@ impl Order {
         loop {
             let mut attempt = self.begin(std::mem::take(&mut claimed)).await?;
             let resumed = attempt.resumed;
-            let said = attempt.run().await?;
+            let said = attempt.run().await.map_err(|end| {
+                let kept = end.kept && attempt.machine.verified_bytes() > 0;
+                ReceiveEnd { kept, ..end }
+            })?;
             let landing = Arc::clone(&attempt.landing);
             drop(attempt);
             let path = self.partial.path();

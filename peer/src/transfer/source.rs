@@ -12,7 +12,7 @@ use std::{
         fs::{FileExt, MetadataExt},
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -64,14 +64,20 @@ pub(super) struct Offer {
     pub(super) receiver: PeerId,
     /// What is offered.
     pub(super) file: FileInfo,
-    /// The opened file, while it is pulled and a moment longer.
-    pub(super) opened: Option<Arc<OpenSource>>,
+    /// Where it is, and the file itself while it is pulled and a moment longer.
+    pub(super) content: Arc<Content>,
     /// Lanes that pull it now.
     pub(super) lanes: usize,
     /// When it was offered, or last pulled.
     pub(super) last_used: Instant,
+}
+
+/// The file behind an offer; a disk that hangs holds up this file alone.
+pub(super) struct Content {
     real: PathBuf,
     stamp: Stamp,
+    size: u64,
+    opened: Mutex<Option<Arc<OpenSource>>>,
 }
 
 /// An offered file while it is being pulled.
@@ -112,13 +118,16 @@ impl Offer {
             mtime_s: found.mtime(),
             mtime_ns: u32::try_from(found.mtime_nsec()).unwrap_or(0),
         };
-        let (stamp, last_used) = (Stamp::from(&found), Instant::now());
-        Ok(Self { origin, receiver, file, opened: None, lanes: 0, last_used, real, stamp })
+        let content = Content { real, stamp: Stamp::from(&found), size: file.size, opened: Mutex::new(None) };
+        Ok(Self { origin, receiver, file, content: Arc::new(content), lanes: 0, last_used: Instant::now() })
     }
+}
 
+impl Content {
     /// The opened file, if it is still the one that was offered.
-    pub(super) fn open(&mut self) -> Result<Arc<OpenSource>, Failure> {
-        if let Some(opened) = &self.opened {
+    pub(super) fn open(&self) -> Result<Arc<OpenSource>, Failure> {
+        let mut kept = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(opened) = &*kept {
             opened.check_unchanged()?;
             return Ok(Arc::clone(opened));
         }
@@ -127,17 +136,21 @@ impl Offer {
         let opened = Arc::new(OpenSource {
             file,
             path: self.real.clone(),
-            size: self.file.size,
+            size: self.size,
             stamp: self.stamp,
             buffers: Buffers::new(BUFFERS),
-            whole: Whole::of_complete(
-                self.file.size,
-                Box::new(move |bytes, offset| for_whole.read_exact_at(bytes, offset)),
-            ),
+            whole: Whole::of_complete(self.size, Box::new(move |bytes, offset| for_whole.read_exact_at(bytes, offset))),
         });
         opened.check_unchanged()?;
-        self.opened = Some(Arc::clone(&opened));
+        *kept = Some(Arc::clone(&opened));
         Ok(opened)
+    }
+
+    /// Lets go of the file, unless somebody is opening it right now.
+    pub(super) fn close(&self) {
+        if let Ok(mut kept) = self.opened.try_lock() {
+            *kept = None;
+        }
     }
 }
 
