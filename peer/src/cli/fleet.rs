@@ -18,7 +18,6 @@ pub(super) struct Fleet {
 
 #[derive(Debug, Subcommand)]
 enum FleetCommand {
-    /// Run a command on every host that an expression selects
     Exec(exec::Exec),
 }
 

@@ -52,7 +52,10 @@ fn translate(rendered: &str, command: &str) -> Failure {
     };
     let help = format!("`{command} --help` shows examples");
     failure.hint(match tips {
-        Some(tips) => format!("{}; {help}", tips.replace("tip: ", "; ")),
+        Some(tips) => {
+            let tips: Vec<&str> = tips.split("tip: ").map(str::trim).collect();
+            format!("{}; {help}", tips.join("; "))
+        }
         None => help,
     })
 }
