@@ -17,9 +17,10 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use self::{
     actor::{Actor, Command, Contact},
-    agreement::{AGREE_DEADLINE, Views},
+    agreement::AGREE_DEADLINE,
     heads::LinkHandle,
     socket::Switch,
+    views::Views,
 };
 use crate::random;
 
@@ -39,6 +40,7 @@ mod socket;
 pub mod stream;
 mod tls;
 mod uplink;
+mod views;
 mod wire;
 
 pub use dial::{InvalidRelayUrl, RelayUrl};
@@ -95,6 +97,8 @@ pub struct PeerEntry {
 pub struct Roster {
     /// How the connection to the relay stands.
     pub uplink: UplinkState,
+    /// Why the room was not joined at the last try, in words.
+    pub trouble: Option<String>,
     /// The other instances, by identity and process.
     pub peers: Vec<PeerEntry>,
 }
@@ -228,7 +232,10 @@ impl Mesh {
         match tokio::time::timeout(timeout, joined).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(_)) => Err(NotJoined("this instance has left the room".into())),
-            Err(_) => Err(NotJoined(format!("the room was not joined within {} s", timeout.as_secs_f32()))),
+            Err(_) => {
+                let trouble = self.0.roster.borrow().trouble.clone();
+                Err(NotJoined(trouble.unwrap_or_else(|| format!("no answer within {} s", timeout.as_secs_f32()))))
+            }
         }
     }
 

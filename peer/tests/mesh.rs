@@ -226,6 +226,14 @@ async fn two_hundred_are_asked_at_once_and_each_ends_once() {
     }
 }
 
+#[tokio::test]
+async fn whoever_cannot_join_is_told_why() {
+    let mut relay = TestRelay::start();
+    relay.kill().await;
+    let refused = relay.mesh(1).joined(Duration::from_secs(1)).await.unwrap_err();
+    assert!(refused.0.contains("refused"), "{refused}");
+}
+
 /// Says "done" to pings, refuses everything else, and echoes streams.
 struct Echo;
 

@@ -7,6 +7,7 @@
 
 use std::{
     collections::HashMap,
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -27,13 +28,14 @@ use zeroize::Zeroizing;
 
 use super::{
     AskFault, AskProgress, Caller, MeshConfig, OpenFault, Roster, Serve, UplinkState,
-    agreement::{Book, Reply, Views},
+    agreement::{Book, Reply},
     asks::{Asks, Waiting},
     link::LinkEvent,
     path::Paths,
     roster::Members,
     socket::{FromSocket, Switch},
     uplink::{Line, LineEvent},
+    views::Views,
     wire::ToRelay,
 };
 use crate::random::{self, SystemRandom};
@@ -105,7 +107,8 @@ pub(super) struct Actor {
     // The room.
     uplink: Uplink,
     line: Line,
-    relay: Vec<std::net::SocketAddr>,
+    relay: Vec<SocketAddr>,
+    line_trouble: Option<String>,
     outgoing: Option<ToRelay>,
     presence: Presence,
     sealer: PresenceSealer,
@@ -120,7 +123,7 @@ pub(super) struct Actor {
     switch: Arc<Switch>,
     book: Book,
     paths: Paths,
-    accepting: JoinSet<()>,
+    streams: JoinSet<()>,
     // What comes in.
     commands: mpsc::Receiver<Command>,
     notes: mpsc::Receiver<FromSocket>,
@@ -185,6 +188,7 @@ impl Actor {
             uplink,
             line: Line::new(config.relay, Arc::clone(&switch)),
             relay: Vec::new(),
+            line_trouble: None,
             outgoing: None,
             presence,
             sealer,
@@ -197,7 +201,7 @@ impl Actor {
             switch,
             book,
             paths: Paths::new(now),
-            accepting: JoinSet::new(),
+            streams: JoinSet::new(),
             commands,
             notes,
             link_events,
@@ -231,7 +235,7 @@ impl Actor {
         // First the links, because those that are relayed say goodbye by way of the relay.
         self.book.close().await;
         self.line.leave().await;
-        self.accepting.abort_all();
+        self.streams.abort_all();
         // Whoever asked for it may have stopped waiting.
         _ = reply.map(|reply| reply.send(()));
     }
@@ -253,7 +257,7 @@ impl Actor {
             () = has_room, if is_waiting => Input::Room,
             // 4. Services.
             Some(served) = self.serving.join_next_with_id() => Input::Served(served),
-            Some(_) = self.accepting.join_next() => Input::Accepted,
+            Some(_) = self.streams.join_next() => Input::Accepted,
             () = sleep_until(due.into()) => Input::Time,
         }
     }
@@ -281,7 +285,7 @@ impl Actor {
             Input::Command(None) => return Flow::Leave(None),
             Input::Command(Some(Command::Shutdown(reply))) => return Flow::Leave(Some(reply)),
             Input::Command(Some(command)) => self.command(command, now).await,
-            Input::Line(event) => self.line_event(event, now).await,
+            Input::Line(event) => self.line_event(event, now),
             Input::Link(event) => self.link_event(event, now),
             Input::Note(note) => self.paths.handle_note(note, &self.switch.routes, now),
             Input::Served(served) => self.served(served, now),
@@ -325,7 +329,7 @@ impl Actor {
             && let Some(link) = self.book.get((to, Route::Auto), now).filter(|link| *link.direct.borrow())
         {
             let id = RequestId::from_bytes(random::bytes());
-            self.accepting.spawn(async move {
+            self.streams.spawn(async move {
                 // Whoever asked may have stopped waiting.
                 _ = reply.send(link.ask(id, request, deadline).await);
             });

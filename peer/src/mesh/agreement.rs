@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -21,20 +21,20 @@ use peerfleet_proto::{
     request::{
         Failure, FailureKind,
         link::{Candidate, LinkAnswer, LinkOffer, Route},
-        transfer::PathNow,
     },
 };
 use quinn::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
-    Caller, OpenFault, PathView,
+    Caller, OpenFault,
     heads::LinkHandle,
     link::{CODE_DONE, LinkEvent, Links, LinksConfig, kick},
     routes::Remote,
     socket::{FromSocket, Switch},
     stream::{Lease, LeaseMaker},
     tls::{AnnouncedKey, TlsKey},
+    views::Views,
 };
 use crate::random;
 
@@ -67,35 +67,6 @@ pub(super) struct Agreed {
     pub(super) check_key: CheckKey,
     /// Which side this is.
     pub(super) role: Role,
-}
-
-/// What handles of the mesh may see of links at any time.
-#[derive(Debug, Default)]
-pub(super) struct Views(Mutex<HashMap<Key, View>>);
-
-#[derive(Debug)]
-struct View {
-    remote: Arc<Remote>,
-    connection: Option<Connection>,
-    direct_rtt: Option<Duration>,
-}
-
-impl Views {
-    /// How a link travels and has travelled.
-    pub(super) fn path(&self, key: Key) -> PathView {
-        let views = self.lock();
-        let Some(view) = views.get(&key) else { return PathView::default() };
-        let (direct_bytes, relayed_bytes) = view.remote.bytes();
-        let is_direct = view.remote.direct().is_some();
-        let now = view.connection.as_ref().map(|_| if is_direct { PathNow::Direct } else { PathNow::Relayed });
-        let measured = view.connection.as_ref().map(Connection::rtt);
-        let rtt = if is_direct { view.direct_rtt.or(measured) } else { measured };
-        PathView { now, rtt, direct_bytes, relayed_bytes }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Key, View>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// All links of one instance.
@@ -287,9 +258,7 @@ impl Book {
         entry.last_used = now;
         let handle = entry.handle()?;
         entry.waiting.drain(..).for_each(|reply| answer(reply, Ok(handle.clone())));
-        if let Some(view) = self.views.lock().get_mut(&key) {
-            view.connection = Some(connection);
-        }
+        self.views.up(key, connection);
         Some((Caller { peer: entry.peer, instance: key.0 }, entry.lease.maker()))
     }
 
@@ -311,9 +280,7 @@ impl Book {
     /// A link travels another way now.
     pub(super) fn moved(&mut self, remote: &Remote, direct_rtt: Option<Duration>) {
         let key = (remote.instance, remote.route);
-        if let Some(view) = self.views.lock().get_mut(&key) {
-            view.direct_rtt = direct_rtt;
-        }
+        self.views.moved(key, direct_rtt);
         if let Some(entry) = self.entries.get(&key) {
             entry.direct.send_replace(direct_rtt.is_some());
             entry.connection.iter().for_each(kick);
@@ -416,8 +383,7 @@ impl Book {
         self.entries.entry(key).or_insert_with(|| {
             let remote = self.switch.routes.add(key.0, key.1, slot);
             self.by_mapped.insert(remote.mapped, key);
-            let view = View { remote: Arc::clone(&remote), connection: None, direct_rtt: None };
-            self.views.lock().insert(key, view);
+            self.views.add(key, &remote);
             Entry {
                 peer,
                 remote,
@@ -462,7 +428,7 @@ impl Book {
     fn take(&mut self, key: Key) -> Option<Entry> {
         let mut entry = self.entries.remove(&key)?;
         self.by_mapped.remove(&entry.remote.mapped);
-        self.views.lock().remove(&key);
+        self.views.remove(key);
         self.switch.routes.remove(&entry.remote);
         if let Some(links) = &self.links {
             links.forget(&entry.remote);

@@ -240,10 +240,8 @@ fn by_turns(found: Vec<SocketAddr>) -> Vec<SocketAddr> {
 /// The first of the addresses that takes a connection, each with a head start before the next.
 async fn connect_any(addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), DialFault> {
     let mut attempts = JoinSet::new();
-    let mut waiting = addresses.iter().copied();
     let mut last_fault = DialFault::Deadline;
-    loop {
-        let Some(address) = waiting.next() else { break };
+    for address in addresses.iter().copied() {
         attempts.spawn(async move { (address, TcpStream::connect(address).await) });
         tokio::select! {
             Some(ended) = attempts.join_next() => match ended {

@@ -126,7 +126,7 @@ struct Shared {
 /// Whether a caller under a mapped address is let in.
 enum Gate {
     /// Its key is not known yet; the first caller is held.
-    Expected(Option<Incoming>),
+    Expected(Option<Box<Incoming>>),
     /// Whoever shows this key is let in.
     Open(Arc<Remote>, AnnouncedKey),
 }
@@ -208,7 +208,7 @@ impl Links {
         let gate = Gate::Open(Arc::clone(remote), key.clone());
         let before = self.shared.gates().insert(remote.mapped, gate);
         if let Some(Gate::Expected(Some(early))) = before {
-            self.runtime.spawn(Arc::clone(&self.shared).accept(early, Arc::clone(remote), key));
+            self.runtime.spawn(Arc::clone(&self.shared).accept(*early, Arc::clone(remote), key));
         }
     }
 
@@ -251,7 +251,7 @@ impl Shared {
         let mapped = incoming.remote_address();
         let mut gates = self.gates();
         match gates.get_mut(&mapped) {
-            Some(Gate::Expected(held)) => *held = Some(incoming),
+            Some(Gate::Expected(held)) => *held = Some(Box::new(incoming)),
             Some(Gate::Open(remote, key)) => {
                 tokio::spawn(Arc::clone(self).accept(incoming, Arc::clone(remote), key.clone()));
             }

@@ -37,6 +37,7 @@ pub(super) struct Member {
 pub(super) struct Members {
     known: BTreeMap<InstanceId, Member>,
     uplink: UplinkState,
+    trouble: Option<String>,
     roster: watch::Sender<Arc<Roster>>,
     publish_at: Option<Instant>,
     published: Option<Instant>,
@@ -46,8 +47,8 @@ impl Members {
     /// Nobody, and not in the room.
     pub(super) fn new() -> Self {
         let uplink = UplinkState::Joining;
-        let roster = watch::Sender::new(Arc::new(Roster { uplink, peers: Vec::new() }));
-        Self { known: BTreeMap::new(), uplink, roster, publish_at: None, published: None }
+        let roster = watch::Sender::new(Arc::new(Roster { uplink, trouble: None, peers: Vec::new() }));
+        Self { known: BTreeMap::new(), uplink, trouble: None, roster, publish_at: None, published: None }
     }
 
     /// The roster, kept up to date.
@@ -76,12 +77,18 @@ impl Members {
         self.changed(now);
     }
 
-    /// The connection to the relay stands otherwise.
-    pub(super) fn set_uplink(&mut self, uplink: UplinkState, now: Instant) {
-        self.uplink = uplink;
-        if uplink == UplinkState::Joining {
-            self.known.values_mut().for_each(|member| member.slot = None);
-        }
+    /// We are in the room, and know who else is.
+    pub(super) fn set_joined(&mut self, now: Instant) {
+        self.uplink = UplinkState::Joined;
+        self.trouble = None;
+        self.changed(now);
+    }
+
+    /// We are not in the room, for this reason.
+    pub(super) fn set_lost(&mut self, trouble: String, now: Instant) {
+        self.uplink = UplinkState::Joining;
+        self.trouble = Some(trouble);
+        self.known.values_mut().for_each(|member| member.slot = None);
         self.changed(now);
     }
 
@@ -118,6 +125,6 @@ impl Members {
             })
             .collect();
         peers.sort_by_key(|entry| (entry.peer, entry.instance));
-        self.roster.send_replace(Arc::new(Roster { uplink: self.uplink, peers }));
+        self.roster.send_replace(Arc::new(Roster { uplink: self.uplink, trouble: self.trouble.clone(), peers }));
     }
 }

@@ -87,7 +87,7 @@ impl Actor {
             LinkEvent::Up { mapped, connection } => {
                 let Some((caller, leases)) = self.book.up(mapped, connection.clone(), now) else { return };
                 tracing::debug!(instance = %caller.instance, "a link is up");
-                self.accepting.spawn(heads::accept(connection, leases, caller, Arc::clone(&self.serve)));
+                self.streams.spawn(heads::accept(connection, leases, caller, Arc::clone(&self.serve)));
                 self.members.changed(now);
             }
             LinkEvent::Down { mapped, connection, why } => {

@@ -11,11 +11,11 @@ use peerfleet_proto::{
 };
 
 use super::{Actor, LineEvent};
-use crate::mesh::{AskFault, Caller, UplinkState, roster::Member, wire::ToRelay};
+use crate::mesh::{AskFault, Caller, roster::Member, wire::ToRelay};
 
 impl Actor {
     /// Something happened on the line to the relay.
-    pub(super) async fn line_event(&mut self, event: LineEvent, now: Instant) {
+    pub(super) fn line_event(&mut self, event: LineEvent, now: Instant) {
         match event {
             LineEvent::Connected(addresses) => {
                 self.relay = addresses;
@@ -24,6 +24,7 @@ impl Actor {
             LineEvent::Heard => self.uplink.handle_heard(now),
             LineEvent::Ended(why) => {
                 tracing::debug!(%why, "no connection to the relay");
+                self.line_trouble = Some(why);
                 self.uplink.handle_disconnected(now, &mut self.rng);
             }
             LineEvent::Frame(frame) => self.frame(frame, now),
@@ -65,7 +66,7 @@ impl Actor {
             uplink::Event::Joined(welcome) => self.joined(&welcome, now),
             uplink::Event::RosterComplete => {
                 tracing::info!("in the room");
-                self.members.set_uplink(UplinkState::Joined, now);
+                self.members.set_joined(now);
             }
             uplink::Event::MemberJoined(member)
             | uplink::Event::MemberMoved(member)
@@ -104,10 +105,16 @@ impl Actor {
     }
 
     fn lost(&mut self, reason: LostReason, now: Instant) {
-        tracing::info!(%reason, "out of the room; trying to come back");
+        // The line knows more than that it broke.
+        let trouble = match reason {
+            LostReason::NoConnection | LostReason::Broken => self.line_trouble.take(),
+            LostReason::Silent | LostReason::Closed(_) | LostReason::Drained | LostReason::Misbehaved => None,
+        };
+        let trouble = trouble.unwrap_or_else(|| reason.to_string());
+        tracing::info!(%trouble, "not in the room; trying to come back");
         self.exchange.uplink_lost();
         self.book.clear_slots();
-        self.members.set_uplink(UplinkState::Joining, now);
+        self.members.set_lost(trouble, now);
         // What was to be sent names slots that are gone.
         self.outgoing = None;
     }
@@ -136,7 +143,14 @@ impl Actor {
                         let outcome = self.candidates_told(caller, update, now);
                         self.exchange.answer(caller.instance, id, outcome, now);
                     }
-                    request => self.serve(caller, id, request, now),
+                    request @ (Request::Ping
+                    | Request::Exec(_)
+                    | Request::Attach(_)
+                    | Request::Jobs
+                    | Request::Cancel(_)
+                    | Request::Offer(_)
+                    | Request::Receive(_)
+                    | Request::Pull(_)) => self.serve(caller, id, request, now),
                 }
             }
             exchange::Event::Accepted { id } => self.asks.accepted(id),
