@@ -189,7 +189,7 @@ fn public(number: u8) -> [u8; 32] {
 }
 
 fn hex(text: &str) -> Vec<u8> {
-    HEXLOWER.decode(text.as_bytes()).unwrap()
+    HEXLOWER.decode(text.as_bytes()).expect("hexadecimal digits")
 }
 
 fn vector_secret(text: &str) -> StaticSecret {
