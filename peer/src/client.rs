@@ -31,6 +31,9 @@ pub use door::DoorClient;
 /// How long a command waits for the room before it gives up: as long as a relay lets a join take.
 pub const JOIN_WAIT: Duration = peerfleet_proto::limits::JOIN_DEADLINE;
 
+/// Likewise when hosts are known from before the relay went away: those with a standing link are reached all the same.
+const KNOWN_WAIT: Duration = Duration::from_secs(1);
+
 /// How long an attached job or a transfer is picked up again after its connection was lost, before it counts as lost.
 pub const RECONNECT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -47,15 +50,11 @@ pub enum Client {
 }
 
 impl Client {
-    /// Reaches the daemon of the state folder, unless `own` was asked for; else joins the room.
+    /// Joins the room by an instance of this process.
     ///
     /// # Errors
-    /// If there is neither daemon nor token, or the token is none.
-    pub async fn connect(config: &Config, own: bool) -> Result<Self> {
-        if !own && let Some(door) = Self::daemon(config).await? {
-            return Ok(Self::Door(door));
-        }
-        let token = token(config)?;
+    /// If the identity cannot be loaded or made.
+    pub async fn join(config: &Config, token: Token) -> Result<Self> {
         Ok(Self::Own(machine::start(config, token, Role::Caller).await?))
     }
 
@@ -80,10 +79,12 @@ impl Client {
     /// # Errors
     /// If the room is not joined in time and no host is known, or the daemon cannot be asked.
     pub async fn hosts(&self) -> Result<Vec<Host>> {
-        let joined = self.joined(JOIN_WAIT).await?;
+        let nobody = |hosts: &[Host]| hosts.iter().all(|host| host.here);
+        let wait = if nobody(&self.hosts_now().await?) { JOIN_WAIT } else { KNOWN_WAIT };
+        let joined = self.joined(wait).await?;
         let hosts = self.hosts_now().await?;
         match joined {
-            Err(why) if hosts.iter().all(|host| host.here) => {
+            Err(why) if nobody(&hosts) => {
                 let status = self.status().await?;
                 Err(Failure::unreachable(format!("cannot join room `{}` on {}", status.room, status.relay))
                     .cause(why)

@@ -1,10 +1,11 @@
 //! What every command starts from: how to speak, the environment, the global flags.
 
+use peerfleet_proto::token::Token;
 use tracing_subscriber::EnvFilter;
 
 use super::Global;
 use crate::{
-    client::Client,
+    client::{self, Client},
     config::{Config, Layer},
     env::{self, Env},
     failure::Result,
@@ -44,10 +45,24 @@ impl Context {
     pub(super) async fn client(&self) -> Result<Client> {
         let config = self.config(Layer::default())?;
         self.log("off")?;
-        let client = Client::connect(&config, self.names_a_room()).await?;
-        let way = if client.is_daemon() { "through the peer that runs here" } else { "by joining the room" };
-        self.ui.detail(&format!("reaching the room {way}"));
-        Ok(client)
+        if !self.names_a_room()
+            && let Some(daemon) = Client::daemon(&config).await?
+        {
+            self.ui.detail("going through the peer that runs here");
+            return Ok(Client::Door(daemon));
+        }
+        let token = self.token(&config)?;
+        self.ui.detail("joining the room for this command alone");
+        Client::join(&config, token).await
+    }
+
+    /// The room's token; warns of one that somebody could guess.
+    pub(super) fn token(&self, config: &Config) -> Result<Token> {
+        let token = client::token(config)?;
+        if token.is_weak() {
+            self.ui.warn("whoever guesses this token is in the room, and it looks guessable: `peer token new` makes a better one");
+        }
+        Ok(token)
     }
 
     /// Whether a flag names a room to join.

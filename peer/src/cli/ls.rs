@@ -65,7 +65,8 @@ impl Ls {
             let lines: Vec<Line<'_>> = hosts.iter().map(|host| line(host, rtts.get(&host.instance).copied())).collect();
             context.ui.json_line(&lines)?;
         } else if hosts.is_empty() {
-            context.ui.note("nobody is here yet; the line that `peer up` printed brings another machine in");
+            context.ui.note("nobody is here yet: the line that `peer up` printed brings another machine in");
+            context.ui.note("if somebody should be, compare `peer status` on both machines: room ids must be equal");
         } else {
             let rows: Vec<Vec<String>> =
                 hosts.iter().map(|host| row(host, rtts.get(&host.instance).copied())).collect();

@@ -5,7 +5,6 @@ use peerfleet_proto::presence::Mode;
 
 use super::context::Context;
 use crate::{
-    client,
     config::{Config, HostName, Layer, Tag},
     daemon::Daemon,
     failure::Result,
@@ -61,21 +60,11 @@ impl Run {
         let config = context.config(self.host.layer())?;
         context.log("info")?;
         let lock = Daemon::lock(&config)?;
-        let token = client::token(&config)?;
-        warn_of_weak(context, &token);
+        let token = context.token(&config)?;
         let daemon = Daemon::start(&config, token, &context.env, lock).await?;
         announce(context, &config, &daemon);
         daemon.run().await?;
         Ok(0)
-    }
-}
-
-/// Warns of a token that somebody could guess.
-pub(super) fn warn_of_weak(context: &Context, token: &peerfleet_proto::token::Token) {
-    if token.is_weak() {
-        context
-            .ui
-            .warn("this token looks guessable: whoever guesses it is in the room. `peer token new` makes a better one");
     }
 }
 

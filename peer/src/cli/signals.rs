@@ -1,5 +1,7 @@
 //! What the user wants of a running command, told by signals to this process.
 
+use std::time::{Duration, Instant};
+
 use peerfleet_proto::request::exec::JobSignal;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -15,6 +17,9 @@ use crate::{
 /// Wishes that wait: nobody presses Ctrl-C faster than they are taken.
 const WISHES_QUEUE: usize = 8;
 
+/// Interrupts this close together are one: a program that runs us may signal both us and our process group.
+const SAME_PRESS: Duration = Duration::from_millis(100);
+
 /// Ctrl-C once interrupts the remote process group, twice ends the job, three times leaves it. SIGTERM ends it kindly.
 pub(super) fn wishes(ui: Ui) -> Result<mpsc::Receiver<Wish>> {
     let mut interrupt = listen(SignalKind::interrupt())?;
@@ -22,9 +27,13 @@ pub(super) fn wishes(ui: Ui) -> Result<mpsc::Receiver<Wish>> {
     let (sender, receiver) = mpsc::channel(WISHES_QUEUE);
     tokio::spawn(async move {
         let mut presses = 0;
+        let mut last: Option<Instant> = None;
         loop {
             let wish = tokio::select! {
                 _ = interrupt.recv() => {
+                    if last.replace(Instant::now()).is_some_and(|last| last.elapsed() < SAME_PRESS) {
+                        continue;
+                    }
                     presses += 1;
                     match presses {
                         1 => Wish::Signal(JobSignal::Interrupt),

@@ -9,7 +9,6 @@ use serde_json::json;
 
 use super::{context::Context, run};
 use crate::{
-    client,
     config::{Config, Origin, Sourced},
     daemon::Daemon,
     env,
@@ -55,8 +54,7 @@ impl Up {
         let mut config = context.config(self.host.layer())?;
         context.log("warn")?;
         let lock = Daemon::lock(&config)?;
-        let token = kept_token(&config)?;
-        run::warn_of_weak(context, &token);
+        let token = if config.token.is_some() { context.token(&config)? } else { kept_token(&config)? };
         let relay = relay::start(self.bind(context)?)?;
         let url = |ip| format!("ws://{}", SocketAddr::new(ip, relay.address().port()));
         config.relay = Sourced { value: own_url(&url(reachable_here(relay.address().ip())))?, origin: Origin::Default };
@@ -80,11 +78,8 @@ impl Up {
     }
 }
 
-/// The token that was given; else the one that an earlier `up` kept; else a new one, kept from now on.
+/// The token that an earlier `up` kept; else a new one, kept from now on.
 fn kept_token(config: &Config) -> Result<Token> {
-    if config.token.is_some() {
-        return client::token(config);
-    }
     let text = match config.state.read_secret(TOKEN_FILE)? {
         Some(text) => text,
         None => config.state.write_new(TOKEN_FILE, &format!("{}\n", *Token::generate(&mut SystemRandom).reveal()))?,

@@ -209,7 +209,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_more_than_the_window_is_read_ahead_of_the_host() {
-        let stdin = stdin(&[&[7; CHUNK_BYTES][..]; 6]);
+        let stdin = stdin(&[&[7_u8; CHUNK_BYTES][..]; 6]);
         for _ in 0..STDIN_WINDOW_BYTES / CHUNK_BYTES {
             assert!(matches!(stdin.next().await, FromCaller::Stdin(_)));
         }
