@@ -21,24 +21,24 @@ use peerfleet_proto::{
 };
 use tokio::{net::UnixListener, process::Command, task::JoinHandle};
 
-pub struct Machine {
+pub(crate) struct Machine {
     home: tempfile::TempDir,
     daemon: Option<JoinHandle<()>>,
 }
 
 /// What a played daemon does with a call; `None` of it is answered for the test.
-pub type Play = dyn Fn(Call, Stream) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync;
+pub(crate) type Play = dyn Fn(Call, Stream) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync;
 
 /// What hosts were asked, in order.
-pub type Asked = Arc<Mutex<Vec<Request>>>;
+pub(crate) type Asked = Arc<Mutex<Vec<Request>>>;
 
 impl Machine {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { home: tempfile::tempdir().expect("a temporary folder"), daemon: None }
     }
 
     /// A machine on which `play` is the daemon.
-    pub fn with_daemon(
+    pub(crate) fn with_daemon(
         play: impl Fn(Call, Stream) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync + 'static,
     ) -> Self {
         let mut machine = Self::new();
@@ -64,15 +64,15 @@ impl Machine {
         machine
     }
 
-    pub fn home(&self) -> PathBuf {
+    pub(crate) fn home(&self) -> PathBuf {
         self.home.path().to_owned()
     }
 
-    pub fn state(&self) -> PathBuf {
+    pub(crate) fn state(&self) -> PathBuf {
         self.home.path().join(".local/state/peerfleet")
     }
 
-    pub fn write_config(&self, text: &str) -> PathBuf {
+    pub(crate) fn write_config(&self, text: &str) -> PathBuf {
         let path = self.home.path().join(".config/peerfleet/config.toml");
         fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
         fs::write(&path, text).expect("a file");
@@ -80,18 +80,18 @@ impl Machine {
     }
 
     /// The command, with nothing of the test's own environment.
-    pub fn command<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Command {
+    pub(crate) fn command<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_peer"));
         command.args(arguments).env_clear().env("HOME", self.home.path()).current_dir(self.home.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         command
     }
 
-    pub async fn peer(&self, line: &str) -> Said {
+    pub(crate) async fn peer(&self, line: &str) -> Said {
         self.run(line.split_whitespace()).await
     }
 
-    pub async fn run<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Said {
+    pub(crate) async fn run<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Said {
         Said::of(self.command(arguments).output().await.expect("peer runs"))
     }
 }
@@ -106,40 +106,40 @@ impl Drop for Machine {
 
 /// What a command said.
 #[derive(Debug)]
-pub struct Said {
-    pub code: Option<i32>,
-    pub stdout: Vec<u8>,
-    pub stderr: String,
+pub(crate) struct Said {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: String,
 }
 
 impl Said {
-    pub fn of(output: Output) -> Self {
+    pub(crate) fn of(output: Output) -> Self {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         Self { code: output.status.code(), stdout: output.stdout, stderr }
     }
 
-    pub fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         std::str::from_utf8(&self.stdout).expect("UTF-8")
     }
 
-    pub fn json(&self) -> Vec<serde_json::Value> {
+    pub(crate) fn json(&self) -> Vec<serde_json::Value> {
         self.text().lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
     }
 
     /// The lines of a failure by their first words.
-    pub fn part(&self, name: &str) -> Option<&str> {
+    pub(crate) fn part(&self, name: &str) -> Option<&str> {
         self.stderr.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
     }
 
     #[track_caller]
-    pub fn failed(&self, code: i32) -> &Self {
+    pub(crate) fn failed(&self, code: i32) -> &Self {
         assert_eq!(self.code, Some(code), "{self:?}");
         assert!(self.part("error").is_some() && self.part("hint").is_some(), "{self:?}");
         self
     }
 }
 
-pub fn host(number: u8, name: &str) -> Host {
+pub(crate) fn host(number: u8, name: &str) -> Host {
     let presence = Presence {
         name: name.to_owned(),
         tags: vec!["web".to_owned()],
@@ -160,11 +160,11 @@ pub fn host(number: u8, name: &str) -> Host {
     }
 }
 
-pub fn me() -> Caller {
+pub(crate) fn me() -> Caller {
     Caller { peer: PeerId::from_bytes([200; 32]), instance: InstanceId::from_bytes([200; 16]) }
 }
 
-pub fn status() -> Status {
+pub(crate) fn status() -> Status {
     Status {
         version: "0.1.0".to_owned(),
         relay: "ws://relay.test".to_owned(),
@@ -181,12 +181,12 @@ pub fn status() -> Status {
 }
 
 /// The id under which a played host is asked: told from the instance.
-pub fn request_id(instance: InstanceId) -> RequestId {
+pub(crate) fn request_id(instance: InstanceId) -> RequestId {
     RequestId::from_bytes(*instance.as_bytes())
 }
 
 /// Answers what every command asks first; hands back anything else.
-pub async fn introduce(hosts: &[Host], call: Call, mut stream: Stream) -> Option<(Call, Stream)> {
+pub(crate) async fn introduce(hosts: &[Host], call: Call, mut stream: Stream) -> Option<(Call, Stream)> {
     let reply = match call {
         Call::Status => Reply::Status(status()),
         Call::Hosts => Reply::Hosts(hosts.to_vec()),
@@ -198,14 +198,18 @@ pub async fn introduce(hosts: &[Host], call: Call, mut stream: Stream) -> Option
 }
 
 /// Says how asking an instance ended, as a daemon does.
-pub async fn answer(stream: &mut Stream, instance: InstanceId, ended: Result<Outcome, peerfleet_peer::mesh::AskFault>) {
+pub(crate) async fn answer(
+    stream: &mut Stream,
+    instance: InstanceId,
+    ended: Result<Outcome, peerfleet_peer::mesh::AskFault>,
+) {
     for progress in [AskProgress::Asked(request_id(instance)), AskProgress::Accepted, AskProgress::Ended(ended)] {
         let _ = stream.send.write_frame(&Reply::Progress(instance, progress)).await;
     }
 }
 
 /// A job that ended with this code after writing this.
-pub fn ended(instance: InstanceId, code: i32, stdout: &[u8], stderr: &[u8]) -> Outcome {
+pub(crate) fn ended(instance: InstanceId, code: i32, stdout: &[u8], stderr: &[u8]) -> Outcome {
     let captured = |bytes: &[u8]| Captured { bytes: bytes.to_vec(), total: bytes.len() as u64 };
     Outcome::Job(JobReport {
         job: request_id(instance).into(),
@@ -216,16 +220,16 @@ pub fn ended(instance: InstanceId, code: i32, stdout: &[u8], stderr: &[u8]) -> O
 }
 
 /// A job that runs.
-pub fn running(instance: InstanceId) -> Outcome {
+pub(crate) fn running(instance: InstanceId) -> Outcome {
     let (stdout, stderr) = (Captured::default(), Captured::default());
     Outcome::Job(JobReport { job: request_id(instance).into(), end: None, stdout, stderr })
 }
 
-pub fn end(state: EndState) -> JobEnd {
+pub(crate) fn end(state: EndState) -> JobEnd {
     JobEnd { state, duration: std::time::Duration::from_millis(12) }
 }
 
-pub async fn attached(stream: &mut Stream, attach: &Attach, stdin_taken: u64) {
+pub(crate) async fn attached(stream: &mut Stream, attach: &Attach, stdin_taken: u64) {
     let Attach { stdout_from, stderr_from, .. } = *attach;
     let outcome = Outcome::Attached(Attached { stdin_taken, stdout_from, stderr_from });
     let _ = stream.send.write_frame(&Reply::Opened(Ok(outcome))).await;
