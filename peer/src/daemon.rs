@@ -14,19 +14,22 @@ use crate::{
     env::Env,
     failure::{Failure, Result},
     machine::{self, Machine, Role},
+    mesh::BoxFuture,
     state::DaemonLock,
 };
 
 pub mod call;
 pub mod door;
 
-/// Time to tell the room good-bye; a relay that does not answer must not keep a machine from shutting down.
-const LEAVE_DEADLINE: Duration = Duration::from_secs(2);
+/// Time for jobs to end (they are asked, and killed 2 s later) and for telling the room good-bye. A relay that does not
+/// answer must not keep a machine from shutting down: below the 10 s that container engines wait before they kill.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A daemon that runs.
 pub struct Daemon {
     machine: Arc<Machine>,
     door: door::Door,
+    stopped: BoxFuture<&'static str>,
     _lock: DaemonLock,
 }
 
@@ -43,14 +46,15 @@ impl Daemon {
         })
     }
 
-    /// Joins the room and opens the door.
+    /// Joins the room and opens the door. From now on a signal to stop is heard, and kept for [`Daemon::run`].
     ///
     /// # Errors
     /// If something cannot be opened or started.
     pub async fn start(config: &Config, token: Token, env: &Env, lock: DaemonLock) -> Result<Self> {
+        let stopped = Box::pin(stop_signal()?);
         let machine = machine::start(config, token, Role::Host).await?;
         let door = door::Door::bind(&config.state, env)?;
-        Ok(Self { machine, door, _lock: lock })
+        Ok(Self { machine, door, stopped, _lock: lock })
     }
 
     /// The machine that it keeps going.
@@ -59,19 +63,14 @@ impl Daemon {
     }
 
     /// Runs until it is told to stop, then leaves the room.
-    ///
-    /// # Errors
-    /// If signals cannot be heard.
-    pub async fn run(self) -> Result<()> {
-        let stopped = stop_signal()?;
+    pub async fn run(self) {
         tokio::select! {
             () = self.door.serve(Arc::clone(&self.machine)) => {}
-            name = stopped => tracing::info!(signal = name, "leaving the room"),
+            name = self.stopped => tracing::info!(signal = name, "leaving the room"),
         }
         if tokio::time::timeout(LEAVE_DEADLINE, self.machine.shutdown()).await.is_err() {
-            tracing::warn!("left the room without a good-bye: the relay does not answer");
+            tracing::warn!("left without waiting any longer for jobs to end and the relay to answer");
         }
-        Ok(())
     }
 }
 

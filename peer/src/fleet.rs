@@ -239,24 +239,30 @@ impl<'a> Sweep<'a> {
         }
     }
 
+    fn cancel_job(&self, instance: InstanceId, job: JobId) {
+        let client = self.client.clone();
+        tokio::spawn(async move { client::exec::cancel(&client, instance, job).await });
+    }
+
     /// Ends what runs, and reports what did not end by itself.
     async fn cancel(mut self, on: &mut impl FnMut(Report)) {
-        if !self.running.is_empty() {
-            for (instance, running) in &self.running {
-                if let Some(job) = running.job {
-                    let (client, instance) = (self.client.clone(), *instance);
-                    tokio::spawn(async move { client::exec::cancel(&client, instance, job).await });
+        for (instance, running) in &self.running {
+            if let Some(job) = running.job {
+                self.cancel_job(*instance, job);
+            }
+        }
+        let gather = async {
+            while let Some((instance, progress)) = self.next().await {
+                if let AskProgress::Asked(id) = progress {
+                    self.cancel_job(instance, id.into());
+                }
+                if let Some(report) = self.progressed(instance, progress) {
+                    on(report);
                 }
             }
-            let gather = async {
-                while let Some((instance, progress)) = self.next().await {
-                    if let Some(report) = self.progressed(instance, progress) {
-                        on(report);
-                    }
-                }
-            };
-            let _ = timeout(CANCEL_GRACE, gather).await;
-        }
+        };
+        // Those that do not answer in time are reported below.
+        let _ = timeout(CANCEL_GRACE, gather).await;
         for Running { host, job, since } in std::mem::take(&mut self.running).into_values() {
             on(Report { job, ..Report::without_job(host, State::Cancelled, since.elapsed()) });
         }

@@ -63,7 +63,7 @@ impl Run {
         let token = context.token(&config)?;
         let daemon = Daemon::start(&config, token, &context.env, lock).await?;
         announce(context, &config, &daemon);
-        daemon.run().await?;
+        daemon.run().await;
         Ok(0)
     }
 }

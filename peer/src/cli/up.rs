@@ -62,9 +62,9 @@ impl Up {
         let daemon = Daemon::start(&config, token, &context.env, lock).await?;
         run::announce(context, &config, &daemon);
         show(context, &line, relay.address(), &config)?;
-        let ended = daemon.run().await;
+        daemon.run().await;
         relay.stop().await;
-        ended.map(|()| 0)
+        Ok(0)
     }
 
     fn bind(&self, context: &Context) -> Result<SocketAddr> {

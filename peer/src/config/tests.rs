@@ -44,13 +44,13 @@ fn without_a_word_nothing_but_this_machine_is_contacted_and_others_may_only_look
 
 #[test]
 fn flag_goes_before_environment_before_file() {
-    let machine = Machine::new().with_file("room = 'file'\nrelay = 'ws://file'\nname = 'file'\n");
-    let machine = machine.with(env::ROOM, "environment").with(env::RELAY, "ws://environment");
+    let machine = Machine::new().with_file("room = 'file'\nrelay = 'ws://file:81'\nname = 'file'\n");
+    let machine = machine.with(env::ROOM, "environment").with(env::RELAY, "ws://environment:81");
     let config = machine.resolve(&Layer { room: "flag".parse().ok(), ..Layer::default() }).unwrap();
     assert_eq!((config.room.value.as_str(), config.room.origin), ("flag", Origin::Flag("--room")));
     assert_eq!(
         (config.relay.value.to_string().as_str(), config.relay.origin),
-        ("ws://environment", Origin::Environment(env::RELAY))
+        ("ws://environment:81", Origin::Environment(env::RELAY))
     );
     assert_eq!(config.name.value.as_str(), "file");
     assert!(matches!(config.name.origin, Origin::File(_)));
