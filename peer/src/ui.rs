@@ -38,6 +38,8 @@ pub enum Paint {
     Green,
     /// Less important.
     Dim,
+    /// Part of a picture.
+    WhiteOnBlack,
 }
 
 impl Ui {
@@ -221,6 +223,7 @@ fn painted(paint: Paint, text: &str) -> String {
         Paint::Yellow => "33",
         Paint::Green => "32",
         Paint::Dim => "2",
+        Paint::WhiteOnBlack => "97;40",
     };
     format!("\x1b[{code}m{text}\x1b[0m")
 }

@@ -14,6 +14,7 @@ use crate::{
     env,
     failure::{Failure, Result},
     random::SystemRandom,
+    ui::Paint,
 };
 
 mod relay;
@@ -150,7 +151,9 @@ fn show(context: &Context, line: &str, bound: SocketAddr, config: &Config) -> Re
     if ui.out_is_terminal()
         && let Ok(code) = QrCode::with_error_correction_level(line, EcLevel::L)
     {
-        ui.line(&code.render::<Dense1x2>().quiet_zone(true).build())?;
+        // Light modules are drawn, white on black: a camera reads no code whose colours are swapped.
+        let drawn = code.render().dark_color(Dense1x2::Light).light_color(Dense1x2::Dark).quiet_zone(true).build();
+        drawn.lines().try_for_each(|row| ui.line(&ui.paint_out(Paint::WhiteOnBlack, row)))?;
     }
     if bound.ip().is_loopback() {
         ui.warn("the relay listens on this machine only: --bind 0.0.0.0:8080 lets other machines in");
