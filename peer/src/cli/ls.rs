@@ -104,14 +104,16 @@ async fn round_trips(client: &Client, hosts: &[Host]) -> BTreeMap<InstanceId, Du
     known
 }
 
+/// What reaches the host now. Without a link that is messages, and they go by the relay.
 fn path(host: &Host) -> Option<&'static str> {
     if host.here {
         return Some("self");
     }
-    host.link.now.map(|now| match now {
-        PathNow::Direct => "direct",
-        PathNow::Relayed => "relayed",
-    })
+    match host.link.now {
+        Some(PathNow::Direct) => Some("direct"),
+        Some(PathNow::Relayed) => Some("relayed"),
+        None => host.present.then_some("relayed"),
+    }
 }
 
 fn line(host: &Host, rtt: Option<Duration>) -> Line<'_> {
