@@ -26,7 +26,7 @@ use peerfleet_proto::{
     token::{RoomKeys, Token},
     wire::{
         FrameKind, LINK_PROTOCOL, RELAY_PATH, RELAY_PROTOCOL, decode, encode,
-        message::Message,
+        message::{Message, StreamHead},
         relay::{
             self, Challenge, ClosingReason, Join, Member, PeerFrame, PeerToRelay, RefusalReason, Refused, RelayFrame,
             RelayToPeer, Welcome,
@@ -183,6 +183,12 @@ golden! { what_is_inside_a_sealed_message: Message {
     Message::Answer { .. } => Message::Answer { id: request_id(), outcome: Outcome::Done },
         "033333333333333333333333333333333301";
     Message::Busy { .. } => Message::Busy { id: request_id() }, "0433333333333333333333333333333333";
+}}
+
+golden! { heads_of_streams: StreamHead {
+    StreamHead::Open(_) => StreamHead::Open(Request::Ping), "0002";
+    StreamHead::Ask { .. } => StreamHead::Ask { id: request_id(), request: Request::Ping },
+        "013333333333333333333333333333333302";
 }}
 
 golden! { requests: Request {
