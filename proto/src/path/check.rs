@@ -55,11 +55,11 @@ pub enum Role {
 pub struct CheckKey([u8; 32]);
 
 impl CheckKey {
-    /// The key that follows from the shares in a link's offer and answer.
-    pub fn agree(offer_share: &[u8; 32], answer_share: &[u8; 32]) -> Self {
+    /// The key that follows from both sides' shares: that of the lower id first, whoever offered.
+    pub fn agree(lower_share: &[u8; 32], higher_share: &[u8; 32]) -> Self {
         let mut shares = [0; 64];
-        shares[..32].copy_from_slice(offer_share);
-        shares[32..].copy_from_slice(answer_share);
+        shares[..32].copy_from_slice(lower_share);
+        shares[32..].copy_from_slice(higher_share);
         let key = Self(blake3::derive_key("peerfleet v1 connectivity check key", &shares));
         shares.zeroize();
         key
