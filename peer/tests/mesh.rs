@@ -1,5 +1,7 @@
 //! Meshes of one process in one room of a real relay, over real sockets.
 
+#![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
+
 use std::{
     net::SocketAddr,
     sync::{Arc, OnceLock},

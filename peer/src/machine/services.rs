@@ -81,17 +81,15 @@ struct Here(MeshFiles);
 
 impl Serve for Here {
     fn ask(&self, _: Caller, _: peerfleet_proto::id::RequestId, request: Request) -> BoxFuture<Outcome> {
-        match request {
-            Request::Offer(spec) => self.0.offer_as(Origin::Here, spec),
-            _ => Box::pin(async { Outcome::Failed(not_here()) }),
-        }
+        let Request::Offer(spec) = request else { return Box::pin(async { Outcome::Failed(not_here()) }) };
+        self.0.offer_as(Origin::Here, spec)
     }
 
     fn stream(&self, _: Caller, request: Request, mut stream: Stream) -> BoxFuture<()> {
-        match request {
-            Request::Receive(spec) => self.0.receive_as(Origin::Here, spec, stream),
-            _ => Box::pin(async move { conclude(&mut stream, not_here()).await }),
-        }
+        let Request::Receive(spec) = request else {
+            return Box::pin(async move { conclude(&mut stream, not_here()).await });
+        };
+        self.0.receive_as(Origin::Here, spec, stream)
     }
 }
 

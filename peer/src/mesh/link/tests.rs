@@ -53,7 +53,7 @@ impl Side {
     async fn connection(&mut self) -> Connection {
         match self.event().await {
             LinkEvent::Up { connection, mapped } if mapped == self.remote.mapped => connection,
-            other => panic!("no connection: {other:?}"),
+            other @ (LinkEvent::Up { .. } | LinkEvent::Down { .. }) => panic!("no connection: {other:?}"),
         }
     }
 
