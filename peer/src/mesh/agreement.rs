@@ -53,6 +53,9 @@ pub(super) const AGREE_DEADLINE: Duration = Duration::from_secs(10);
 /// Time after which a link that never came up is forgotten: it may still come while somebody waits.
 const FORGET_AFTER: Duration = Duration::from_secs(30);
 
+/// Time that a link's last packets are given to leave, and the other side's to arrive.
+const PARTING: Duration = Duration::from_secs(2);
+
 /// A link, by whose it is and how it may travel.
 pub(super) type Key = (InstanceId, Route);
 
@@ -80,6 +83,8 @@ pub(super) struct Book {
     links: Option<Links>,
     entries: BTreeMap<Key, Entry>,
     by_mapped: HashMap<SocketAddr, Key>,
+    /// Links that ended a moment ago, whose last packets still need a way out.
+    parting: Vec<(Instant, Arc<Remote>)>,
     views: Arc<Views>,
 }
 
@@ -122,7 +127,7 @@ impl Book {
     ) -> Self {
         let tls = Arc::new(TlsKey::from_seed(&random::bytes()));
         let (entries, by_mapped, views) = (BTreeMap::new(), HashMap::new(), Arc::default());
-        Self { me, udp, tls, switch, notes, events, links: None, entries, by_mapped, views }
+        Self { me, udp, tls, switch, notes, events, links: None, entries, by_mapped, parting: Vec::new(), views }
     }
 
     /// What handles may see.
@@ -333,13 +338,16 @@ impl Book {
         }
     }
 
-    /// Whether there is any link.
+    /// Whether there is any link, or the rest of one.
     pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.entries.is_empty() && self.parting.is_empty()
     }
 
     /// Closes links without streams, and forgets those that never came up. Gives those that ended.
     pub(super) fn sweep(&mut self, now: Instant) -> Vec<Arc<Remote>> {
+        for (_, remote) in self.parting.extract_if(.., |(since, _)| now.saturating_duration_since(*since) > PARTING) {
+            self.switch.routes.remove(&remote);
+        }
         let mut over = Vec::new();
         for (key, entry) in &mut self.entries {
             if entry.lease.is_shared() {
@@ -429,7 +437,7 @@ impl Book {
         let mut entry = self.entries.remove(&key)?;
         self.by_mapped.remove(&entry.remote.mapped);
         self.views.remove(key);
-        self.switch.routes.remove(&entry.remote);
+        self.parting.push((Instant::now(), Arc::clone(&entry.remote)));
         if let Some(links) = &self.links {
             links.forget(&entry.remote);
         }
@@ -470,3 +478,6 @@ impl From<NoAgreement> for Failure {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
