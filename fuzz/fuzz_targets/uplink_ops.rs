@@ -28,7 +28,7 @@ fuzz_target!(|data: &[u8]| {
     let mut uplink = Uplink::new(credentials, vec![1], now);
     let mut present = BTreeSet::new();
     let mut input = Unstructured::new(data);
-    while let Ok(step) = input.arbitrary::<u8>() {
+    while let (false, Ok(step)) = (input.is_empty(), input.arbitrary::<u8>()) {
         match step % 6 {
             0 => uplink.handle_connected(now),
             1 => uplink.handle_disconnected(now, &mut rng),

@@ -293,6 +293,13 @@ impl TestRelay {
 
     async fn restart(&mut self) {
         self.kill().await;
+        // Tasks that were aborted let go of the sockets a moment later.
+        let free = async {
+            while std::net::UdpSocket::bind(self.address).is_err() {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(DEADLINE, free).await.unwrap();
         *self = Self::on(self.address);
     }
 

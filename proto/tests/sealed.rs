@@ -193,7 +193,7 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 fn vector_secret(text: &str) -> StaticSecret {
-    let bytes: [u8; 32] = hex(text).try_into().unwrap();
+    let bytes: [u8; 32] = hex(text).try_into().expect("32 bytes");
     StaticSecret::from(bytes)
 }
 
