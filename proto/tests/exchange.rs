@@ -151,6 +151,26 @@ fn a_relay_that_restarts_in_the_middle_costs_only_time() {
 }
 
 #[test]
+fn an_ask_gets_through_although_the_host_has_forgotten_the_session() {
+    let mut net = Net::new(2);
+    net.ask(0, 1, 1);
+    net.run_for(Duration::from_secs(1));
+    // The caller's machine sleeps: to the host it is gone for good, to itself only its connection was lost.
+    let caller = net.peers[0].address.instance;
+    net.peers[1].exchange.member_left(caller, net.now);
+    net.peers[0].exchange.uplink_lost();
+    net.run_for(MINUTE * 10);
+    net.restart_relay();
+    let (start, id) = (net.now, net.ask(0, 1, 2));
+    net.run_until_ended(id);
+    assert_eq!(net.ends[&id], Ok(outcome(1, 2)));
+    assert!(net.now - start < Duration::from_secs(2));
+    let again = net.ask(0, 1, 3);
+    net.run_for(Duration::from_millis(100));
+    assert_eq!(net.ends[&again], Ok(outcome(1, 3)));
+}
+
+#[test]
 fn a_full_queue_is_tried_again_soon() {
     let mut net = Net::new(2);
     net.relay = Relay::QueueFull { times: 3 };

@@ -20,6 +20,8 @@ pub(super) struct Ask {
     pub(super) sent: Option<(u32, Slot)>,
     /// Messages that carried it.
     pub(super) attempts: u32,
+    /// When the newest of them went out.
+    pub(super) last_sent: Option<Instant>,
     /// When to look after it again.
     pub(super) wake: Instant,
     accepted: bool,
@@ -39,6 +41,7 @@ impl Ask {
             request,
             sent: None,
             attempts: 0,
+            last_sent: None,
             wake: now,
             accepted: false,
             asked: now,

@@ -83,6 +83,9 @@ impl Exchange {
     pub(super) fn send(&mut self, id: RequestId, now: Instant, rng: &mut impl CryptoRng) {
         let Some(ask) = self.asks.get(&id) else { return };
         let (to, request) = (ask.to, ask.request.clone());
+        if let Some(last_sent) = ask.last_sent {
+            self.retire_if_silent(to, last_sent);
+        }
         if let Some(slot) = self.remotes.get(&to).and_then(|remote| remote.slot) {
             let settled = self.remotes.get_mut(&to).map(Remote::take_settled).unwrap_or_default();
             let plain = encode(&Message::Ask { id, settled, request: (*request).clone() });
@@ -92,7 +95,7 @@ impl Exchange {
             if let Some(sealed) = self.seal(to, &plain, id, now, rng) {
                 let tag = self.take_tag();
                 self.transmits.push_back(message(slot, tag, &sealed));
-                self.mark_sent(id, tag, slot);
+                self.mark_sent(id, tag, slot, now);
             }
         }
         self.reschedule(id, now);
@@ -120,7 +123,7 @@ impl Exchange {
                     && let Some(sealed) = self.seal(to, &plain, *id, now, rng)
                 {
                     parts.push((slot, sealed));
-                    self.mark_sent(*id, tag, slot);
+                    self.mark_sent(*id, tag, slot, now);
                 }
                 self.reschedule(*id, now);
             }
@@ -135,9 +138,10 @@ impl Exchange {
         self.next_tag
     }
 
-    pub(super) fn mark_sent(&mut self, id: RequestId, tag: u32, slot: Slot) {
+    pub(super) fn mark_sent(&mut self, id: RequestId, tag: u32, slot: Slot, now: Instant) {
         let Some(ask) = self.asks.get_mut(&id) else { return };
         ask.attempts += 1;
+        ask.last_sent = Some(now);
         if let Some(before) = ask.sent.replace((tag, slot)) {
             self.tags.remove(&before);
         }

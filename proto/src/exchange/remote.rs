@@ -95,6 +95,8 @@ pub(super) struct Session {
     pub(super) seal: SealKey,
     pub(super) open: OpenKey,
     pub(super) since: Instant,
+    /// When it brought anything last.
+    pub(super) heard: Instant,
 }
 
 impl Session {

@@ -53,6 +53,18 @@ impl Exchange {
         self.begin_session(to, plain, now, rng)
     }
 
+    /// The other side may have forgotten the session: what was sent by it got no word back. Answers it may still bring.
+    pub(super) fn retire_if_silent(&mut self, to: InstanceId, since: Instant) {
+        let Some(remote) = self.remotes.get_mut(&to) else { return };
+        let session = remote.outgoing.and_then(|index| self.sessions.get(&index));
+        if session.is_some_and(|session| session.heard <= since) {
+            let before = remote.outgoing.take();
+            if let Some(oldest) = std::mem::replace(&mut remote.outgoing_before, before) {
+                self.sessions.remove(&oldest);
+            }
+        }
+    }
+
     pub(super) fn begin_session(
         &mut self,
         to: InstanceId,
@@ -106,6 +118,7 @@ impl Exchange {
             Ok(Sealed::Transport { receiver, counter, header, ciphertext }) => {
                 let Some(session) = self.sessions.get_mut(&receiver) else { return };
                 if let Ok(plain) = session.open.open(counter, header, ciphertext) {
+                    session.heard = now;
                     self.deliver(receiver, &plain, shared, now);
                 }
             }
@@ -136,7 +149,7 @@ impl Exchange {
         let Ok((answer, keys)) = responder.answer(&StaticSecret::random_from_rng(rng), &[]) else { return };
         let index = self.free_index(rng);
         let (seal, open) = (SealKey::new(&keys.backward, sender), OpenKey::new(&keys.forward));
-        let session = Session { remote: address.instance, role: Role::Responder, seal, open, since: now };
+        let session = Session { remote: address.instance, role: Role::Responder, seal, open, since: now, heard: now };
         self.sessions.insert(index, session);
         if let Some(remote) = self.remotes.get_mut(&address.instance) {
             remote.incoming.push_back(index);
@@ -172,11 +185,13 @@ impl Exchange {
         let instance = pending.remote;
         self.pending.remove(&receiver);
         let (seal, open) = (SealKey::new(&keys.forward, sender), OpenKey::new(&keys.backward));
-        self.sessions.insert(receiver, Session { remote: instance, role: Role::Initiator, seal, open, since: now });
+        self.sessions
+            .insert(receiver, Session { remote: instance, role: Role::Initiator, seal, open, since: now, heard: now });
         let Some(remote) = self.remotes.get_mut(&instance) else { return };
         remote.pending.retain(|index| *index != receiver);
-        let before = remote.outgoing.replace(receiver);
-        if let Some(oldest) = std::mem::replace(&mut remote.outgoing_before, before) {
+        if let Some(before) = remote.outgoing.replace(receiver)
+            && let Some(oldest) = remote.outgoing_before.replace(before)
+        {
             self.sessions.remove(&oldest);
         }
         for id in std::mem::take(&mut remote.waiting) {
