@@ -26,6 +26,8 @@ const BINDING: u16 = 0x001;
 const ATTRIBUTE_HEADER_BYTES: usize = 4;
 const INTEGRITY_BYTES: usize = 32;
 const FINGERPRINT_BYTES: usize = 4;
+/// Longest XOR-MAPPED-ADDRESS, in bytes: family and port, and an IPv6 address.
+const MAPPED_ADDRESS_BYTES: usize = 20;
 /// RFC 8489 §14.7: tells a FINGERPRINT from another protocol's own CRC-32.
 const FINGERPRINT_XOR: u32 = 0x5354_554E;
 
@@ -46,6 +48,8 @@ mod attribute {
     pub(super) const FINGERPRINT: u16 = 0x8028;
     /// Ours, from the range that others may skip: the number of a check, so that none counts twice.
     pub(super) const CHECK_NUMBER: u16 = 0xC0F1;
+    /// Ours, from the same range: zeros that make a request as long as its answer.
+    pub(super) const PADDING: u16 = 0xC0F2;
     /// Types from here on may be skipped by who does not know them.
     pub(super) const FIRST_OPTIONAL: u16 = 0x8000;
 }
@@ -310,6 +314,14 @@ impl Draft {
             IpAddr::V6(ip) => value.extend(ip.octets().iter().zip(mask).map(|(byte, mask)| byte ^ mask)),
         }
         self.add(attribute::XOR_MAPPED_ADDRESS, &value);
+        self
+    }
+
+    /// Adds as many bytes as an answer's XOR-MAPPED-ADDRESS may take: responders that would answer with more bytes than
+    /// came do not answer.
+    #[must_use]
+    pub fn padding(mut self) -> Self {
+        self.add(attribute::PADDING, &[0; MAPPED_ADDRESS_BYTES]);
         self
     }
 

@@ -31,6 +31,15 @@ fn an_answer_tells_the_address() {
 }
 
 #[test]
+fn a_request_is_as_long_as_the_longest_answer_to_it() {
+    let mut one = One::new(&[RESPONDER]);
+    let request = one.reflexive.poll_transmit().unwrap().bytes;
+    let transaction = Message::parse(&request).unwrap().transaction();
+    let answer = Draft::new(Class::Success, transaction).mapped_address(addr("[2001:db8::7]:40000")).finish();
+    assert_eq!(request.len(), answer.len());
+}
+
+#[test]
 fn a_silent_responder_is_asked_five_times_and_then_seldom() {
     let mut one = One::new(&[RESPONDER]);
     one.reflexive.set_active(true, one.now);

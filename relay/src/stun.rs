@@ -93,6 +93,7 @@ fn encode(message: &StunMessage) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use peerfleet_proto::path::{Reflexive, ReflexiveEvent};
     use proptest::prelude::*;
     use stun_rs::{DecoderContextBuilder, TransactionId, attributes::stun::Software};
 
@@ -128,6 +129,19 @@ mod tests {
     fn mapped_ipv4_is_told_as_ipv4() {
         let response = answer(&request(28), "[::ffff:192.0.2.7]:4000".parse().unwrap()).unwrap();
         assert_eq!(response, answer(&request(28), "192.0.2.7:4000".parse().unwrap()).unwrap());
+    }
+
+    #[test]
+    fn request_of_a_peer_learns_its_address() {
+        let (now, here) = (Instant::now(), "192.0.2.1:8080".parse().unwrap());
+        for from in ["192.0.2.7:4000", "[2001:db8::7]:4000"] {
+            let mut reflexive = Reflexive::new([7; 32], now);
+            reflexive.set_responders(&[here], now);
+            let request = reflexive.poll_transmit().unwrap().bytes;
+            let response = answer(&request, from.parse().unwrap()).unwrap();
+            reflexive.handle_packet(here, &response, now);
+            assert_eq!(reflexive.poll_event(), Some(ReflexiveEvent::Found(from.parse().unwrap())));
+        }
     }
 
     #[test]

@@ -186,7 +186,7 @@ impl Reflexive {
                 continue;
             }
             if responder.state.advance(now) {
-                let bytes = Draft::new(Class::Request, self.transactions.begin(*addr, now)).finish();
+                let bytes = Draft::new(Class::Request, self.transactions.begin(*addr, now)).padding().finish();
                 self.outbox.push_back(Transmit { to: *addr, bytes });
             }
         }

@@ -228,7 +228,10 @@ impl Net {
         let Ok(request) = Message::parse(&flying.bytes) else { return };
         if request.class() == Class::Request {
             let bytes = Draft::new(Class::Success, request.transaction()).mapped_address(flying.from).finish();
-            self.cross(Flying { from: flying.to, to: flying.from, site: None, bytes }, now);
+            // As the relay has it: nobody is answered with more bytes than came.
+            if bytes.len() <= flying.bytes.len() {
+                self.cross(Flying { from: flying.to, to: flying.from, site: None, bytes }, now);
+            }
         }
     }
 }
