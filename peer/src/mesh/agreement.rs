@@ -319,11 +319,11 @@ impl Book {
         is_up(Route::Auto) || is_up(Route::RelayedOnly)
     }
 
-    /// Instances with a link that may travel directly.
+    /// Instances with a link that may travel directly, or to which one was offered: what is said to them now arrives
+    /// behind the offer.
     pub(super) fn with_paths(&self) -> Vec<InstanceId> {
-        let agreed =
-            self.entries.iter().filter(|((_, route), entry)| *route == Route::Auto && entry.their_share.is_some());
-        agreed.map(|((instance, _), _)| *instance).collect()
+        let direct = self.entries.keys().filter(|(_, route)| *route == Route::Auto);
+        direct.map(|(instance, _)| *instance).collect()
     }
 
     /// The other end of the link that may travel directly.
