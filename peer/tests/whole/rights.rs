@@ -1,0 +1,132 @@
+//! Who may do what, who sees whom, and what becomes of each host of a fleet.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    process::{Child, Stdio},
+};
+
+use super::room::{Ended, Room, until};
+
+#[test]
+fn each_mode_lets_others_do_what_it_says_and_no_more() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let host = room.peer("host", &[]);
+    one.sees(&["host"]);
+    let source = one.home.join("source");
+    fs::write(&source, "words").unwrap();
+    let target = host.home.join("target");
+    let place = format!("host:{}", target.display());
+    let exec = || one.run(&["exec", "host", "--", "echo", "ran"]);
+    let send = || one.run(&["send-file", source.to_str().unwrap(), &place]);
+    let refused = |ended: Ended, code| {
+        let ended = ended.expect(code);
+        assert!(ended.stderr.contains("hint: "), "{ended:?}");
+        assert_eq!(ended.stdout, "");
+    };
+
+    refused(exec(), 125);
+    refused(send(), 4);
+    assert!(!target.exists());
+    host.run(&["mode", "edit"]).expect(0);
+    refused(exec(), 125);
+    send().expect(0);
+    assert_eq!(fs::read(&target).unwrap(), b"words");
+    host.run(&["mode", "bypass"]).expect(0);
+    assert_eq!(exec().expect(0).stdout, "ran\n");
+    host.run(&["mode", "disabled"]).expect(0);
+    refused(exec(), 125);
+    refused(send(), 4);
+}
+
+#[test]
+fn a_host_without_exec_runs_nothing_in_any_mode() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let _host = room.peer("host", &["--mode", "bypass", "--no-exec"]);
+    one.sees(&["host"]);
+    let ended = one.run(&["exec", "host", "--", "echo", "ran"]).expect(125);
+    assert_eq!(ended.stdout, "");
+}
+
+#[test]
+fn a_stranger_with_another_token_sees_nobody() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let other = room.peer("other", &[]);
+    one.sees(&["other"]);
+    let mut elsewhere = Room::start();
+    elsewhere.name.clone_from(&room.name);
+    let stranger = elsewhere.peer_by(room.relay_address, "stranger", &[]);
+    let friend = elsewhere.peer_by(room.relay_address, "friend", &[]);
+    stranger.sees(&["friend"]);
+    friend.sees(&["stranger"]);
+    for (machine, foreign) in
+        [(&stranger, ["one", "other"]), (&one, ["stranger", "friend"]), (&other, ["stranger", "friend"])]
+    {
+        let hosts = machine.hosts();
+        assert!(!hosts.iter().any(|host| foreign.iter().any(|name| host["name"] == *name)), "{hosts:?}");
+    }
+    stranger.run(&["exec", "one", "--", "true"]).expect(125);
+}
+
+#[test]
+fn commands_that_join_by_themselves_disturb_no_daemon() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let host = room.peer("host", &["--mode", "bypass"]);
+    one.sees(&["host"]);
+    let through = one.command(&["exec", "host", "--stdin", "--", "cat"]);
+    let mut through = { through }.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let beside: Vec<Child> = (0..10)
+        .map(|number| {
+            let mut command = one.beside(&["exec", "host", "--", "echo", &number.to_string()]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for (number, child) in beside.into_iter().enumerate() {
+        let ended = Ended::from(child.wait_with_output().unwrap()).expect(0);
+        assert_eq!(ended.stdout, format!("{number}\n"));
+    }
+    std::io::Write::write_all(&mut through.stdin.take().unwrap(), b"still here").unwrap();
+    let ended = Ended::from(through.wait_with_output().unwrap()).expect(0);
+    assert_eq!(ended.stdout, "still here");
+    for machine in [&one, &host] {
+        let log = machine.log();
+        assert_eq!(log.matches("in the room").count(), 1, "{log}");
+    }
+}
+
+#[test]
+fn every_host_of_a_fleet_appears_once_with_what_became_of_it() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let _good = room.peer("good", &["--mode", "bypass", "--tags", "job,fine"]);
+    let _plan = room.peer("plan", &["--mode", "plan", "--tags", "job"]);
+    let mut dies = room.peer("dies", &["--mode", "bypass", "--tags", "job"]);
+    one.sees(&["good", "plan", "dies"]);
+    let stay = dies.home.join("stay");
+    let begun = dies.home.join("begun");
+    fs::write(&stay, "").unwrap();
+    let script = format!(
+        "case $HOME in */dies) sleep 1; : > '{}'; while [ -e '{}' ]; do sleep 0.1; done;; esac; echo fine",
+        begun.display(),
+        stay.display()
+    );
+    let mut fleet = one.command(&["fleet", "exec", "--target", "job", "--json", "--shell", "--", &script]);
+    let fleet = fleet.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    until("the command runs", || begun.exists().then_some(()));
+    dies.kill();
+    let ended = Ended::from(fleet.wait_with_output().unwrap()).expect(1);
+    fs::remove_file(&stay).unwrap();
+    let mut lines = ended.json();
+    let summary = lines.pop().unwrap();
+    assert_eq!(summary["summary"]["hosts"], 3);
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    let states: BTreeMap<_, _> =
+        lines.iter().map(|line| (line["name"].as_str().unwrap(), line["state"].as_str().unwrap())).collect();
+    assert_eq!(states, BTreeMap::from([("dies", "lost"), ("good", "exited"), ("plan", "refused")]));
+    one.run(&["fleet", "exec", "--target", "fine", "--", "true"]).expect(0);
+    one.run(&["fleet", "exec", "--target", "nobody", "--", "true"]).expect(2);
+}

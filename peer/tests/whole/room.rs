@@ -1,0 +1,296 @@
+//! A relay and some peers, each a process with a home and a state folder of its own, killed when dropped.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdout, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+/// Longest that anything here may take until it is as it should be.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Pause between two looks at a condition.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Waits until `look` finds something.
+pub(crate) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begun.elapsed() < DEADLINE, "not in time: {what}");
+        thread::sleep(POLL);
+    }
+}
+
+/// A process that ends with its handle.
+pub(crate) struct Running(pub(crate) Child);
+
+impl Running {
+    /// The process ends here and now, without a word to anybody.
+    pub(crate) fn kill(&mut self) {
+        // An error says that it has ended already.
+        let _ = self.0.kill();
+        self.0.wait().unwrap();
+    }
+
+    /// Most memory it ever had resident, in bytes, without the pages of its program file.
+    pub(crate) fn most_memory(&self) -> u64 {
+        memory(&format!("/proc/{}/status", self.0.id()), "VmHWM:")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn memory(path: &str, field: &str) -> u64 {
+    let status = fs::read_to_string(path).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+/// A relay, and a room on it.
+pub(crate) struct Room {
+    relay: Option<Running>,
+    pub(crate) relay_address: SocketAddr,
+    pub(crate) token: String,
+    pub(crate) name: String,
+    pub(crate) folder: TempDir,
+}
+
+impl Room {
+    pub(crate) fn start() -> Self {
+        Self::named("whole")
+    }
+
+    pub(crate) fn named(name: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (relay, relay_address) = relay(folder.path(), "127.0.0.1:0");
+        Self { relay: Some(relay), relay_address, token: new_token(), name: name.into(), folder }
+    }
+
+    pub(crate) fn relay(&self) -> &Running {
+        self.relay.as_ref().unwrap()
+    }
+
+    pub(crate) fn kill_relay(&mut self) {
+        self.relay = None;
+    }
+
+    pub(crate) fn start_relay(&mut self) {
+        self.relay = Some(relay(self.folder.path(), &self.relay_address.to_string()).0);
+    }
+
+    /// A machine whose peer runs.
+    pub(crate) fn peer(&self, name: &str, flags: &[&str]) -> Machine {
+        self.peer_by(self.relay_address, name, flags)
+    }
+
+    /// A machine whose peer runs and reaches the relay by another address.
+    pub(crate) fn peer_by(&self, relay: SocketAddr, name: &str, flags: &[&str]) -> Machine {
+        let home = self.folder.path().join(name);
+        fs::create_dir_all(&home).unwrap();
+        let mut machine = Machine {
+            name: name.into(),
+            home,
+            relay,
+            room: self.name.clone(),
+            token: self.token.clone(),
+            flags: flags.iter().map(ToString::to_string).collect(),
+            daemon: None,
+        };
+        machine.start();
+        machine
+    }
+}
+
+fn new_token() -> String {
+    let output = Command::new(PEER).args(["token", "new"]).env_clear().output().unwrap();
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+/// The program under test.
+const PEER: &str = env!("CARGO_BIN_EXE_peer");
+
+/// The relay's program: it belongs to another package, and is built if nobody did so far.
+fn relay_program() -> PathBuf {
+    let program = Path::new(PEER).with_file_name("relay");
+    if !program.exists() {
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--package", "peerfleet-relay", "--bin", "relay"]);
+        build.arg("--target-dir").arg(program.ancestors().nth(2).unwrap());
+        build.current_dir(env!("CARGO_MANIFEST_DIR"));
+        if program.parent().is_some_and(|folder| folder.ends_with("release")) {
+            build.arg("--release");
+        }
+        assert!(build.status().unwrap().success(), "the relay could not be built");
+    }
+    program
+}
+
+fn relay(folder: &Path, bind: &str) -> (Running, SocketAddr) {
+    let log = folder.join("relay.log");
+    let mut command = Command::new(relay_program());
+    command.args(["--bind", bind]).env_clear().stdin(Stdio::null()).stderr(File::create(&log).unwrap());
+    let mut relay = Running(command.spawn().unwrap());
+    let address = until("the relay listens", || {
+        let said = fs::read_to_string(&log).unwrap();
+        assert!(relay.0.try_wait().unwrap().is_none(), "the relay ended: {said}");
+        let (_, rest) = said.split_once("addresses=[")?;
+        rest.split_once([',', ']'])?.0.parse().ok()
+    });
+    (relay, address)
+}
+
+/// A machine of its own: home, state, and a peer that runs or not.
+pub(crate) struct Machine {
+    pub(crate) name: String,
+    pub(crate) home: PathBuf,
+    relay: SocketAddr,
+    room: String,
+    pub(crate) token: String,
+    flags: Vec<String>,
+    daemon: Option<Running>,
+}
+
+impl Machine {
+    /// Starts its peer.
+    pub(crate) fn start(&mut self) {
+        let log = File::options().create(true).append(true).open(self.home.join("log")).unwrap();
+        let mut command = self.bare();
+        command.args(["run", "--name", &self.name]).args(&self.flags).env("PEER_TOKEN", &self.token);
+        command.args(["--room", &self.room, "--relay", &format!("ws://{}", self.relay)]);
+        self.daemon = Some(Running(command.stdout(Stdio::null()).stderr(log).spawn().unwrap()));
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.daemon = None;
+    }
+
+    pub(crate) fn daemon(&self) -> &Running {
+        self.daemon.as_ref().unwrap()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.home.join("log")).unwrap()
+    }
+
+    fn bare(&self) -> Command {
+        let mut command = Command::new(PEER);
+        command.env_clear().env("HOME", &self.home).env("PATH", "/usr/bin:/bin");
+        command.env("PEER_STATE_DIR", self.home.join("state")).stdin(Stdio::null());
+        command
+    }
+
+    /// A `peer` command on this machine.
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.bare();
+        command.args(arguments);
+        command
+    }
+
+    /// A `peer` command on this machine that joins the room itself, beside the daemon.
+    pub(crate) fn beside(&self, arguments: &[&str]) -> Command {
+        let relay = format!("ws://{}", self.relay);
+        let mut command = self.command(&["--relay", &relay, "--room", &self.room, "--token", &self.token]);
+        command.args(arguments);
+        command
+    }
+
+    /// Runs a `peer` command on this machine to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
+        self.command(arguments).output().unwrap().into()
+    }
+
+    /// Starts a `peer` command on this machine whose output is read here.
+    pub(crate) fn spawn(&self, arguments: &[&str]) -> (Running, BufReader<ChildStdout>) {
+        let mut child = self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        (Running(child), stdout)
+    }
+
+    /// What this machine's peer says of the others.
+    pub(crate) fn hosts(&self) -> Vec<Value> {
+        let ended = self.run(&["ls", "--json"]);
+        serde_json::from_str::<Vec<Value>>(&ended.stdout).unwrap_or_default()
+    }
+
+    /// Waits until this machine's peer sees these.
+    pub(crate) fn sees(&self, names: &[&str]) {
+        until(&format!("{} sees {names:?}", self.name), || {
+            let hosts = self.hosts();
+            names.iter().all(|name| hosts.iter().any(|host| host["name"] == **name)).then_some(())
+        });
+    }
+
+    /// Waits until a command reaches the host: sooner than that a peer is seen that has just been killed.
+    pub(crate) fn path_of(&self, name: &str) -> Option<String> {
+        let hosts = self.hosts();
+        hosts.iter().find(|host| host["name"] == name)?["path"].as_str().map(ToOwned::to_owned)
+    }
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl From<Output> for Ended {
+    fn from(output: Output) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Self { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    }
+}
+
+impl Ended {
+    pub(crate) fn json(&self) -> Vec<Value> {
+        self.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    pub(crate) fn expect(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        self
+    }
+}
+
+/// The next JSON event of a command that runs, until it has ended.
+pub(crate) fn next_event(stdout: &mut BufReader<ChildStdout>) -> Option<Value> {
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    serde_json::from_str(&line).ok()
+}
+
+/// Numbers that look random and are the same in every run.
+pub(crate) struct Dice(pub(crate) u64);
+
+impl Dice {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
+        (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(len).collect()
+    }
+}
+
+pub(crate) fn digest(bytes: &[u8]) -> String {
+    data_encoding::HEXLOWER.encode(&Sha256::digest(bytes))
+}

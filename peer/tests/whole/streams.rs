@@ -1,0 +1,86 @@
+//! Output of commands: what holds it back, and what may happen on its way.
+
+use std::{
+    fs,
+    io::{BufRead, Read},
+    path::Path,
+};
+
+use super::room::{Room, until};
+
+/// Most that a process may ever have resident.
+const MOST_MEMORY: u64 = 64 << 20;
+
+#[test]
+fn a_relay_that_is_killed_costs_neither_the_direct_path_nor_a_line() {
+    let mut room = Room::start();
+    let one = room.peer("one", &[]);
+    let other = room.peer("other", &["--mode", "bypass"]);
+    one.sees(&["other"]);
+    let stop = other.home.join("stop");
+    let script = format!("i=0; while [ ! -e '{}' ]; do i=$((i+1)); echo $i; done", stop.display());
+    let (mut running, mut lines) = one.spawn(&["exec", "other", "--shell", "--", &script]);
+    let mut count = 0_u64;
+    let mut read = |wanted: u64| {
+        let end = count.saturating_add(wanted);
+        while count < end {
+            let mut line = String::new();
+            if lines.read_line(&mut line).unwrap() == 0 {
+                break;
+            }
+            count += 1;
+            assert_eq!(line, format!("{count}\n"));
+        }
+        count == end
+    };
+    assert!(read(1000));
+    until("a direct path", || (one.path_of("other")? == "direct").then_some(()));
+    room.kill_relay();
+    assert!(read(200_000), "the stream ended with the relay");
+
+    let source = one.home.join("source");
+    fs::write(&source, "x".repeat(8 << 20)).unwrap();
+    let target = one.home.join("fetched");
+    fs::copy(&source, other.home.join("there")).unwrap();
+    let place = format!("other:{}", other.home.join("there").display());
+    let ended = one.run(&["send-file", &place, target.to_str().unwrap(), "--json"]).expect(0);
+    assert_eq!(ended.json().last().unwrap()["path"], "direct");
+
+    room.start_relay();
+    until("the room is joined again", || {
+        (one.run(&["status", "--json"]).json()[0]["uplink"] == "joined").then_some(())
+    });
+    one.sees(&["other"]);
+    assert!(read(200_000), "the stream ended when the relay came back");
+    assert_eq!(one.path_of("other").as_deref(), Some("direct"));
+    fs::write(&stop, "").unwrap();
+    assert!(!read(u64::MAX));
+    assert!(running.0.wait().unwrap().success());
+}
+
+#[test]
+fn a_pipe_that_closes_ends_the_remote_command_and_memory_stays_bounded() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let other = room.peer("other", &["--mode", "bypass"]);
+    one.sees(&["other"]);
+    let pid = other.home.join("pid");
+    let script = format!("echo $$ > '{}'; exec cat /dev/zero", pid.display());
+    let (mut running, mut output) = one.spawn(&["exec", "other", "--shell", "--", &script]);
+    let mut buffer = vec![0; 1 << 20];
+    for _ in 0..64 {
+        output.read_exact(&mut buffer).unwrap();
+    }
+    let pid = fs::read_to_string(&pid).unwrap();
+    let process = Path::new("/proc").join(pid.trim());
+    assert!(process.exists());
+    for (name, process) in
+        [("relay", room.relay()), ("caller", one.daemon()), ("host", other.daemon()), ("command", &running)]
+    {
+        let most = process.most_memory();
+        assert!(most < MOST_MEMORY, "{name} took {} MiB", most >> 20);
+    }
+    drop(output);
+    assert_eq!(running.0.wait().unwrap().code(), Some(141));
+    until("the remote command ends", || (!process.exists()).then_some(()));
+}
