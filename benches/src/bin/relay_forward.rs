@@ -1,13 +1,12 @@
 //! Messages that the relay forwards per second, beside a bare tokio-tungstenite forwarder.
 //!
-//! In: `relay_forward [RUNS] [BYTES] [PAIRS]`. Out: floor and ours of each run, taken in turn, their medians and ratio.
+//! In: `relay_forward [RUNS] [BYTES] [PAIRS]`. Out: floor and ours, taken in turn, their medians and ratio.
 //! Floor and relay run in child processes (`--floor`, `--serve`); the load is this process, the same for both: pairs of
 //! clients, one sending with a bounded number of messages under way, one counting.
 
 #![expect(clippy::print_stdout, reason = "figures are what a bench is for")]
 
 use std::{
-    convert::Infallible,
     io::{BufRead, BufReader},
     net::SocketAddr,
     process::{Child, Command, Stdio},
@@ -21,6 +20,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
+use peerfleet_benches::{
+    floor::forwarder::{self, Client},
+    report,
+};
+use peerfleet_peer::random::{self, SystemRandom};
 use peerfleet_proto::{
     admission,
     id::{InstanceId, Slot},
@@ -31,15 +35,8 @@ use peerfleet_proto::{
     },
 };
 use peerfleet_relay::{Config, Relay};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    task::JoinSet,
-};
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{Message, client::IntoClientRequest},
-};
+use tokio::{net::TcpStream, sync::Semaphore, task::JoinSet};
+use tokio_tungstenite::tungstenite::{Message, client::IntoClientRequest};
 use x25519_dalek::StaticSecret;
 
 /// Messages of one pair that are under way at most: below the relay's message queue, so that nothing is refused.
@@ -51,77 +48,23 @@ const WARM_UP: Duration = Duration::from_millis(500);
 /// Time of counting.
 const COUNTED: Duration = Duration::from_secs(3);
 
-type Client = WebSocketStream<TcpStream>;
-
-struct Entropy;
-
-impl rand_core::TryRng for Entropy {
-    type Error = Infallible;
-
-    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
-        Ok(u32::from_le_bytes(random()))
-    }
-
-    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
-        Ok(u64::from_le_bytes(random()))
-    }
-
-    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
-        getrandom::fill(bytes).expect("the system has randomness");
-        Ok(())
-    }
-}
-
-impl rand_core::TryCryptoRng for Entropy {}
-
-fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).expect("the system has randomness");
-    bytes
-}
-
 #[tokio::main]
 async fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
-        Some("--floor") => return floor().await,
+        Some("--floor") => return forwarder::serve().await,
         Some("--serve") => return serve().await,
         Some(_) | None => {}
     }
     let number = |at: usize, default| arguments.get(at).map_or(Ok(default), |text| text.parse());
     let (runs, bytes, pairs) = (number(0, 5)?, number(1, 1024)?, number(2, 4)?);
     let (mut floors, mut ours) = (Vec::new(), Vec::new());
-    for run in 1..=runs {
+    for _ in 0..runs {
         floors.push(measure("--floor", bytes, pairs).await?);
         ours.push(measure("--serve", bytes, pairs).await?);
-        println!("run {run}: floor {:.0}/s, relay {:.0}/s", floors[run - 1], ours[run - 1]);
     }
-    let (floor, ours) = (median(floors), median(ours));
-    println!("{bytes} B messages, {pairs} pairs: floor {floor:.0}/s, relay {ours:.0}/s, ratio {:.2}", ours / floor);
+    report(&format!("messages of {bytes} B forwarded, {pairs} pairs"), "/s", &floors, &ours, "≥ 0.6");
     Ok(())
-}
-
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
-}
-
-/// Pairs connections as they come and passes on what each one says to the other, untouched.
-async fn floor() -> Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
-    println!("{}", listener.local_addr()?);
-    loop {
-        let (one_out, one_in) = accept(&listener).await?.split();
-        let (other_out, other_in) = accept(&listener).await?.split();
-        tokio::spawn(one_in.forward(other_out));
-        tokio::spawn(other_in.forward(one_out));
-    }
-}
-
-async fn accept(listener: &TcpListener) -> Result<Client> {
-    let (stream, _) = listener.accept().await?;
-    stream.set_nodelay(true)?;
-    Ok(tokio_tungstenite::accept_async(stream).await?)
 }
 
 async fn serve() -> Result<()> {
@@ -144,7 +87,7 @@ async fn load(child: &mut Child, joins: bool, bytes: usize, pairs: usize) -> Res
     let mut line = String::new();
     BufReader::new(child.stdout.take().context("stdout is piped")?).read_line(&mut line)?;
     let address: SocketAddr = line.trim().parse()?;
-    let keys = RoomKeys::derive(&Token::generate(&mut Entropy), "bench");
+    let keys = RoomKeys::derive(&Token::generate(&mut SystemRandom), "bench");
     let counted = Arc::new(AtomicU64::new(0));
     let mut tasks = JoinSet::new();
     for _ in 0..pairs {
@@ -179,7 +122,8 @@ async fn connect(address: SocketAddr, keys: Option<&RoomKeys>) -> Result<(Client
         let Message::Binary(frame) = client.next().await.context("the relay went away")?? else { continue };
         match RelayFrame::read(&frame)? {
             RelayFrame::Control(RelayToPeer::Challenge(challenge)) => {
-                let (identity, instance) = (StaticSecret::from(random()), InstanceId::from_bytes(random()));
+                let (identity, instance) =
+                    (StaticSecret::from(random::bytes()), InstanceId::from_bytes(random::bytes()));
                 let join = admission::join(&challenge, keys, &identity, instance, vec![7; 100])?;
                 client.send(Message::Binary(control(&PeerToRelay::Join(join)))).await?;
             }

@@ -1,12 +1,11 @@
 //! Resident memory of the relay per idle joined peer, the peers' sockets being in another process.
 //!
-//! In: `relay_memory [PEERS] [PEERS_PER_ROOM]`. Out: the relay's memory before and after they joined, and the quotient.
+//! In: `relay_memory [PEERS] [PEERS_PER_ROOM]`. Out: what the relay's memory grew by when they joined, per peer.
 //! The relay runs in a child process (`--serve`), with limits that let everybody in from one address.
 
 #![expect(clippy::print_stdout, reason = "figures are what a bench is for")]
 
 use std::{
-    convert::Infallible,
     io::{BufRead, BufReader},
     net::SocketAddr,
     process::{Child, Command, Stdio},
@@ -15,6 +14,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use futures_util::{SinkExt, StreamExt};
+use peerfleet_benches::{report_absolute, resident};
+use peerfleet_peer::random::{self, SystemRandom};
 use peerfleet_proto::{
     admission,
     id::InstanceId,
@@ -35,38 +36,14 @@ use x25519_dalek::StaticSecret;
 /// Sealed presence of a well-tagged host, in bytes.
 const PRESENCE_BYTES: usize = 400;
 
+/// Peers of a usual room; a larger one is promised less, since each peer's presence is told to more.
+const ROOM: usize = 10;
+
 /// Joins that are under way at a time.
 const AT_A_TIME: usize = 32;
 
 /// Time for buffers of joining to be given back, before memory is read.
 const SETTLE: Duration = Duration::from_secs(3);
-
-struct Entropy;
-
-impl rand_core::TryRng for Entropy {
-    type Error = Infallible;
-
-    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
-        Ok(u32::from_le_bytes(random()))
-    }
-
-    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
-        Ok(u64::from_le_bytes(random()))
-    }
-
-    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
-        getrandom::fill(bytes).expect("the system has randomness");
-        Ok(())
-    }
-}
-
-impl rand_core::TryCryptoRng for Entropy {}
-
-fn random<const N: usize>() -> [u8; N] {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).expect("the system has randomness");
-    bytes
-}
 
 #[tokio::main]
 async fn main() -> Result<()> {
@@ -96,13 +73,13 @@ async fn measure(child: &mut Child, peers: usize, per_room: usize) -> Result<()>
     let mut line = String::new();
     BufReader::new(child.stdout.take().context("stdout is piped")?).read_line(&mut line)?;
     let address: SocketAddr = line.trim().parse()?;
-    let before = resident(child.id())?;
+    let before = resident(child.id())?.0;
     let (joined, mut count) = watch::channel(0);
     let mut crowd = JoinSet::new();
     let mut keys = Vec::new();
     for number in 0..peers {
         if number % per_room == 0 {
-            keys.push(std::sync::Arc::new(RoomKeys::derive(&Token::generate(&mut Entropy), "bench")));
+            keys.push(std::sync::Arc::new(RoomKeys::derive(&Token::generate(&mut SystemRandom), "bench")));
         }
         let (keys, joined) = (keys[number / per_room].clone(), joined.clone());
         count.wait_for(|count| *count + AT_A_TIME > number).await?;
@@ -110,11 +87,10 @@ async fn measure(child: &mut Child, peers: usize, per_room: usize) -> Result<()>
     }
     count.wait_for(|count| *count == peers).await?;
     tokio::time::sleep(SETTLE).await;
-    let after = resident(child.id())?;
+    let after = resident(child.id())?.0;
     let each = (after.saturating_sub(before)) as f64 / peers as f64 / 1024.0;
-    println!(
-        "relay memory, {peers} idle peers in rooms of {per_room}: {before} -> {after} bytes, {each:.2} KiB a peer"
-    );
+    let bound = if per_room > ROOM { "≤ 16" } else { "≤ 12" };
+    report_absolute(&format!("relay memory per idle peer, {peers} in rooms of {per_room}"), "KiB", each, bound);
     if let Some(ended) = crowd.try_join_next() {
         bail!("a peer did not stay: {ended:?}");
     }
@@ -131,7 +107,8 @@ async fn idle(address: SocketAddr, keys: &RoomKeys, joined: &watch::Sender<usize
     loop {
         match word(&mut ws).await? {
             Some(RelayToPeer::Challenge(challenge)) => {
-                let (identity, instance) = (StaticSecret::from(random()), InstanceId::from_bytes(random()));
+                let (identity, instance) =
+                    (StaticSecret::from(random::bytes()), InstanceId::from_bytes(random::bytes()));
                 let join = admission::join(&challenge, keys, &identity, instance, vec![7; PRESENCE_BYTES])?;
                 ws.send(Message::Binary(control(&PeerToRelay::Join(join)))).await?;
             }
@@ -149,12 +126,4 @@ async fn word(ws: &mut WebSocketStream<TcpStream>) -> Result<Option<RelayToPeer>
         RelayFrame::Control(word) => Ok(Some(word)),
         RelayFrame::Message { .. } | RelayFrame::MulticastShare { .. } | RelayFrame::Datagram(_) => Ok(None),
     }
-}
-
-/// Resident memory of a process, in bytes.
-fn resident(pid: u32) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("the system tells no memory")?;
-    let kibibytes: u64 = line.split_whitespace().nth(1).context("a number stands behind VmRSS")?.parse()?;
-    Ok(kibibytes * 1024)
 }
