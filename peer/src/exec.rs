@@ -8,7 +8,7 @@
 //! | to find | look in |
 //! |---|---|
 //! | starting a process, signals to its group | [`process`] |
-//! | when a process is ended, and what its end is called | [`supervise`] |
+//! | when a process is ended, and what its end is called | [mod@supervise] |
 //! | reading pipes, holding a process back | [`pump`] |
 //! | what is kept of output | [`log`], [`spool`] |
 //! | what callers hear and say | [`attach`], [`input`] |

@@ -8,7 +8,7 @@
 //! An ask to an instance without a session rides in the first message of a handshake; others wait for its answer, which
 //! comes at once. Asks are repeated under the same id until accepted, then asked after now and then; an answer that was
 //! lost is fetched by that.
-//! Bounds: see [`crate::limits`] and the parts: [`Answers`], [`Epochs`], [`Remote`].
+//! Bounds: see [`crate::limits`] and the parts: `answers`, `epochs`, `remote`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -52,7 +52,7 @@ mod sessions;
 const SHARED_LABEL: &[u8] = b"peerfleet multicast v1";
 
 /// Time after which a request that is still being done is acknowledged, so that it is not repeated. Well below
-/// [`ASK_RETRY_FIRST`]; what is done sooner is answered without a message more.
+/// [`crate::limits::ASK_RETRY_FIRST`]; what is done sooner is answered without a message more.
 const ACCEPT_AFTER: Duration = Duration::from_millis(300);
 
 /// Who an instance is.

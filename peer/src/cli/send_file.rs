@@ -33,10 +33,10 @@ const EVENT_INTERVAL: Duration = Duration::from_millis(200);
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct SendFile {
-    /// The file, as [HOST:]PATH; write ./a:b for a local name with a colon
+    /// The file, as PATH here or HOST:PATH; write ./a:b for a local name with a colon
     #[arg(value_name = "[HOST:]SRC")]
     source: OsString,
-    /// Where it goes, as [HOST:]PATH: a folder that exists, or the final name
+    /// Where it goes, as PATH here or HOST:PATH: a folder that exists, or the final name
     #[arg(value_name = "[HOST:]DST")]
     destination: OsString,
     /// How the bytes may travel
