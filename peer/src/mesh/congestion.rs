@@ -37,9 +37,11 @@ impl PathAwareFactory {
 
 impl ControllerFactory for PathAwareFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        let inner = Arc::clone(&self.cubic).build(now, current_mtu);
         Box::new(PathAware {
             seen: self.path_changes.load(Ordering::Relaxed),
-            inner: Arc::clone(&self.cubic).build(now, current_mtu),
+            most: inner.window(),
+            inner,
             factory: self,
             mtu: current_mtu,
             since: now,
@@ -47,6 +49,10 @@ impl ControllerFactory for PathAwareFactory {
         })
     }
 }
+
+/// Packets that may be in flight beyond every window: two for each probe timeout, of which no more than eight, each twice
+/// as long as the one before, pass until a dead path is left.
+const PROBES: u64 = 16;
 
 struct PathAware {
     factory: Arc<PathAwareFactory>,
@@ -58,6 +64,9 @@ struct PathAware {
     since: Instant,
     /// Bytes that may still be in flight on the path before.
     allowance: u64,
+    /// Most bytes that may be in flight, probes aside: the largest window since the last acknowledgement. A loss shrinks
+    /// the window at once, and what is in flight only bit by bit.
+    most: u64,
 }
 
 impl PathAware {
@@ -66,10 +75,16 @@ impl PathAware {
         if changes == self.seen {
             return;
         }
-        self.allowance = self.inner.window();
+        self.allowance = self.left_behind();
         self.inner = Arc::clone(&self.factory.cubic).build(now, self.mtu);
+        self.most = self.allowance.saturating_add(self.inner.window());
         self.seen = changes;
         self.since = now;
+    }
+
+    /// Bytes that may be in flight on a path that is left now.
+    fn left_behind(&self) -> u64 {
+        self.most.saturating_add(PROBES * u64::from(self.mtu))
     }
 }
 
@@ -93,6 +108,7 @@ impl Controller for PathAware {
 
     fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest_packet_num_acked: Option<u64>) {
         self.inner.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+        self.most = self.window().max(in_flight);
     }
 
     fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent_congestion: bool, lost_bytes: u64) {
@@ -113,7 +129,7 @@ impl Controller for PathAware {
         if self.factory.path_changes.load(Ordering::Relaxed) == self.seen {
             return self.inner.window().saturating_add(self.allowance);
         }
-        self.inner.window().saturating_add(self.inner.initial_window())
+        self.left_behind().saturating_add(self.inner.initial_window())
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
@@ -148,6 +164,19 @@ mod tests {
         let full = controller.window();
         changes.fetch_add(1, Ordering::Relaxed);
         assert!(controller.window() >= full + controller.initial_window());
+    }
+
+    #[test]
+    fn a_new_path_may_be_used_although_the_old_one_holds_more_than_its_window() {
+        let (changes, mut controller, start) = controller();
+        let (in_flight, probes) = (controller.window(), 12 * 1200);
+        controller.on_sent(start, in_flight, 9);
+        controller.on_congestion_event(start + Duration::from_millis(20), start, false, 0);
+        assert!(controller.window() < in_flight);
+        changes.fetch_add(1, Ordering::Relaxed);
+        assert!(controller.window() >= in_flight + probes + controller.initial_window());
+        controller.on_sent(start + Duration::from_millis(30), 1200, 10);
+        assert!(controller.window() >= in_flight + probes + controller.initial_window());
     }
 
     #[test]
