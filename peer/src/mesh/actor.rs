@@ -30,6 +30,7 @@ use super::{
     AskFault, AskProgress, Caller, MeshConfig, OpenFault, Roster, Serve, UplinkState,
     agreement::{Book, Reply},
     asks::{Asks, Waiting},
+    heads::LinkHandle,
     link::LinkEvent,
     path::Paths,
     roster::Members,
@@ -324,10 +325,7 @@ impl Actor {
         reply: oneshot::Sender<Result<Outcome, AskFault>>,
         now: Instant,
     ) {
-        // Without the relay, a link that travels directly carries what would be a message.
-        if self.members.uplink() == UplinkState::Joining
-            && let Some(link) = self.book.get((to, Route::Auto), now).filter(|link| *link.direct.borrow())
-        {
+        if let Some(link) = self.instead_of_relay(to, now) {
             let id = RequestId::from_bytes(random::bytes());
             self.streams.spawn(async move {
                 // Whoever asked may have stopped waiting.
@@ -347,12 +345,44 @@ impl Actor {
         progress: &mpsc::Sender<(InstanceId, AskProgress)>,
         now: Instant,
     ) {
-        for (instance, id) in self.exchange.ask_many(to, request, deadline, now, &mut self.rng) {
+        let mut by_relay = Vec::with_capacity(to.len());
+        for instance in to.iter().copied() {
+            match self.instead_of_relay(instance, now) {
+                Some(link) => self.ask_one_of_many(instance, link, request.clone(), deadline, progress.clone()),
+                None => by_relay.push(instance),
+            }
+        }
+        for (instance, id) in self.exchange.ask_many(&by_relay, request, deadline, now, &mut self.rng) {
             if progress.try_send((instance, AskProgress::Asked(id))).is_err() {
                 tracing::trace!("nobody follows a request any more");
             }
             self.asks.insert(id, Waiting::Many(instance, progress.clone()));
         }
+    }
+
+    fn ask_one_of_many(
+        &mut self,
+        instance: InstanceId,
+        link: LinkHandle,
+        request: Request,
+        deadline: Duration,
+        progress: mpsc::Sender<(InstanceId, AskProgress)>,
+    ) {
+        let id = RequestId::from_bytes(random::bytes());
+        self.streams.spawn(async move {
+            // Whoever asked may have stopped following.
+            _ = progress.send((instance, AskProgress::Asked(id))).await;
+            let ended = link.ask(id, request, deadline).await;
+            _ = progress.send((instance, AskProgress::Ended(ended))).await;
+        });
+    }
+
+    /// The link that carries what would be a message: without the relay, one that travels directly.
+    fn instead_of_relay(&mut self, to: InstanceId, now: Instant) -> Option<LinkHandle> {
+        if self.members.uplink() == UplinkState::Joined {
+            return None;
+        }
+        self.book.get((to, Route::Auto), now).filter(|link| *link.direct.borrow())
     }
 
     /// Hands a request to the services.
