@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use crate::{
     access::Policy,
     exec::Jobs,
-    mesh::{BoxFuture, Caller, Mesh, Serve, Stream},
+    mesh::{BoxFuture, Caller, Mesh, Roster, Serve, Stream, UplinkState},
     serve::{Files, Services as Judged},
     store::Store,
     transfer::{Origin, Transfers},
@@ -72,7 +72,29 @@ impl Files for MeshFiles {
     }
 
     fn receive(&self, caller: Caller, spec: ReceiveSpec, stream: Stream) -> BoxFuture<()> {
-        self.receive_as(caller.into(), spec, stream)
+        let receiving = self.receive_as(caller.into(), spec, stream);
+        let Some(mesh) = self.mesh.get().cloned() else { return receiving };
+        Box::pin(async move {
+            tokio::select! {
+                () = receiving => {}
+                () = replaced(&mesh, caller) => tracing::info!("who asked for a transfer is gone and has come back"),
+            }
+        })
+    }
+}
+
+/// Waits until the caller's process has left the room and another one of its machine is there. What it asked for would
+/// hold the partial file against the new one until its link is given up.
+async fn replaced(mesh: &Mesh, caller: Caller) {
+    let mut roster = mesh.roster();
+    let is_replaced = |roster: &Arc<Roster>| {
+        let mut present = roster.peers.iter().filter(|peer| peer.present && peer.peer == caller.peer).peekable();
+        let is_back = present.peek().is_some();
+        roster.uplink == UplinkState::Joined && is_back && present.all(|peer| peer.instance != caller.instance)
+    };
+    if roster.wait_for(is_replaced).await.is_err() {
+        // The mesh ends, and everything with it.
+        std::future::pending::<()>().await;
     }
 }
 
