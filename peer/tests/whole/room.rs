@@ -235,7 +235,7 @@ impl Machine {
         });
     }
 
-    /// Waits until a command reaches the host: sooner than that a peer is seen that has just been killed.
+    /// How this machine's link to another travels now.
     pub(crate) fn path_of(&self, name: &str) -> Option<String> {
         let hosts = self.hosts();
         hosts.iter().find(|host| host["name"] == name)?["path"].as_str().map(ToOwned::to_owned)
