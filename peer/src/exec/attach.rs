@@ -30,8 +30,9 @@ use crate::mesh::{
 /// Output in one frame: half of what a head may be, and a pipe's worth.
 const FRAME_BYTES: usize = 64 * 1024;
 
-/// Time for the owner to take the last output, before it counts as gone.
-const LAST_WORD: Duration = Duration::from_secs(10);
+/// Time for an owner that is here to take the last output, before it counts as gone: a terminal may be stopped for a
+/// while (Ctrl-S). Only the owner's own word counts, as what its machine has received may still be lost there.
+const LAST_WORD: Duration = Duration::from_secs(600);
 
 /// Why a stream ends before its last word.
 enum Cut {
@@ -75,7 +76,6 @@ pub(super) async fn attach(job: Arc<Job>, caller: Caller, attach: Attach, stream
     if cut.is_none() && number.is_some() {
         tokio::select! {
             () = job.delivered() => {}
-            () = speaker.acknowledged() => job.deliver(),
             _ = listening => {}
             () = sleep(LAST_WORD) => {}
         }
@@ -227,16 +227,6 @@ impl<'a> Speaker<'a> {
             self.job.deliver();
         }
         Ok(())
-    }
-
-    /// Waits until the other side's carrier has everything, where the carrier tells.
-    async fn acknowledged(&self) {
-        if let SendHalf::Quic(stream) = &self.send
-            && stream.is_acknowledged().await
-        {
-            return;
-        }
-        std::future::pending().await
     }
 }
 

@@ -107,13 +107,6 @@ impl Drop for QuicSend {
     }
 }
 
-impl QuicSend {
-    /// Whether the other side has all that was written and finished; it may take any time.
-    pub async fn is_acknowledged(&self) -> bool {
-        matches!(self.stream.stopped().await, Ok(None))
-    }
-}
-
 impl Stream {
     /// A stream of a link, which stays open for as long as either half lives.
     pub(super) fn over(send: quinn::SendStream, recv: quinn::RecvStream, lease: Lease) -> Self {

@@ -59,6 +59,29 @@ fn a_relay_that_is_killed_costs_neither_the_direct_path_nor_a_line() {
 }
 
 #[test]
+fn output_faster_than_its_reader_arrives_in_full_although_the_relay_is_killed() {
+    let mut room = Room::start();
+    let one = room.peer("one", &[]);
+    let _other = room.peer("other", &["--mode", "bypass"]);
+    one.sees(&["other"]);
+    let script = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); echo $i; done";
+    let (mut running, lines) = one.spawn(&["exec", "other", "--shell", "--", script]);
+    let mut count = 0_u64;
+    for line in lines.lines() {
+        count += 1;
+        assert_eq!(line.unwrap(), count.to_string());
+        if count == 1_000 {
+            // Meanwhile nobody reads: the command ends when all that is left fits the windows on the way.
+            room.kill_relay();
+            room.start_relay();
+            one.sees(&["other"]);
+        }
+    }
+    assert_eq!(count, 200_000);
+    assert!(running.0.wait().unwrap().success());
+}
+
+#[test]
 fn a_pipe_that_closes_ends_the_remote_command_and_memory_stays_bounded() {
     let room = Room::start();
     let one = room.peer("one", &[]);

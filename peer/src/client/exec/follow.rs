@@ -207,12 +207,17 @@ impl<'a> Following<'a> {
         let Input { stdin, wishes } = input;
         let stdin = stdin.as_ref();
         let (client, job) = (self.client, self.job);
+        // Only whoever listens says that the stream is lost: a piece of output that is being written is written in full,
+        // as its bytes count as taken and will not be asked for again.
+        let speaking = async {
+            if let Err(error) = speak(send, heard).await {
+                tracing::debug!(%error, "the stream of the job broke");
+            }
+            std::future::pending().await
+        };
         tokio::select! {
             ended = self.listen(&mut recv, &words, stdin) => ended,
-            Err(error) = speak(send, heard) => {
-                tracing::debug!(%error, "the stream of the job broke");
-                Detached::Lost
-            }
+            () = speaking => Detached::Lost,
             () = feed(stdin, &words), if stdin.is_some() => Detached::Lost,
             () = grant(wishes, &words, client, instance, job) => Detached::Quit,
         }
