@@ -1,18 +1,28 @@
-//! Asking and being asked through sealed messages: one instance's sessions with all others, over a relay that may drop,
-//! repeat, reorder, redirect or change anything.
+//! Sessions of sealed messages, asks, and answers of one instance.
 //!
-//! In: who is in the room, sealed messages as the relay brings them, asks and answers of this instance, `now`, randomness.
-//! Out: frames for the relay ([`Exchange::poll_transmit`]) and [`Event`]s. Never does a request twice, never delivers it to
-//! another than it was meant for, never ends an ask twice: every ask ends in one [`Event::Answered`] or [`Event::Failed`].
+//! In: who is in the room, sealed messages that the relay brings, what the instance asks and answers, `now`. Out: frames for
+//! the relay and [`Event`]s. Never runs anything, never believes the relay: a slot is only where to send, who speaks is
+//! what the seal proves.
 //!
-//! An ask to an instance without a session rides in the first message of a handshake; others wait for its answer, which
-//! comes at once. Asks are repeated under the same id until accepted, then asked after now and then; an answer that was
-//! lost is fetched by that.
-//! Bounds: see [`crate::limits`] and the parts: `answers`, `epochs`, `remote`.
+//! ```text
+//! an ask of ours     Waiting ──sent──▶ Sent ──Accepted──▶ Accepted ──▶ Answered | Failed
+//!                       ▲               │ repeated 1, 2, 4 … 10 s   │ polled every 10 s
+//!                       └─ slot unknown ┘
+//! a session to ask   none ──initiation, with the first ask──▶ opening ──response──▶ open ──worn, old or mute──▶ none
+//! an ask of others   (new number) ──▶ in progress ──answer──▶ answered ──settled, old, or too many──▶ forgotten
+//! ```
+//!
+//! **At most once.** A relay can hold a repeated ask back for as long as it likes, so remembering ids for some time is not
+//! enough. Each asker numbers its asks; a host remembers which numbers it saw (`numbers`, bounded) for as long as it knows
+//! the instance, and their end for two epochs more (`epochs`). An ask names the epoch that it was born under, and is new
+//! only under that one and the next. So a host either remembers that it saw an ask, or can tell that it might have.
+//!
+//! Bounds for each remote instance, so that a hostile member harms only itself: few sessions, the newest kept (`sessions`); a
+//! budget of handshakes (`remote`); [`MAX_IN_PROGRESS`] asks under way; [`MAX_CALLER_OUTCOMES`] and [`MAX_CALLER_BYTES`] of
+//! outcomes. For all: [`MAX_IN_PROGRESS_OVERALL`], [`MAX_OUTCOMES`], [`MAX_OUTCOME_BYTES`], [`MAX_REMEMBERED`].
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::Arc,
+    collections::{BTreeMap, VecDeque},
     time::{Duration, Instant},
 };
 
@@ -22,38 +32,56 @@ use x25519_dalek::StaticSecret;
 use zeroize::Zeroizing;
 
 use self::{
-    answers::Answers,
-    ask::Ask,
+    answers::Outcomes,
+    asks::Ask,
     epochs::Epochs,
-    remote::{Pending, Remote, Session},
+    remote::Remote,
+    sessions::Sessions,
+    timers::{Timer, Timers},
 };
 use crate::{
+    fault::{Malformed, Misbehaved},
     id::{InstanceId, PeerId, RequestId, RoomId, Slot},
-    limits::{MAX_MESSAGE_BYTES, OUTCOME_MEMORY_MIN},
+    limits::{ASK_LOST_AFTER, ASK_RETRY_FIRST, ASK_RETRY_MAX},
     presence::Epoch,
-    request::{Failure, FailureKind, Outcome, Request},
+    request::{Outcome, Request},
     sealed::noise::Identity,
-    wire::{
-        encode,
-        message::Message,
-        relay::{RefusalReason, Refused},
-    },
+    wire::relay::{RefusalReason, Refused, message},
 };
 
 mod answers;
-mod ask;
-mod asking;
-mod delivery;
+mod asks;
 mod epochs;
+mod multicast;
+mod numbers;
 mod remote;
 mod sessions;
+mod timers;
 
-/// Bound to what a multicast shares.
-const SHARED_LABEL: &[u8] = b"peerfleet multicast v1";
+pub use answers::{MAX_CALLER_BYTES, MAX_CALLER_OUTCOMES, MAX_OUTCOME_BYTES, MAX_OUTCOMES};
+pub use epochs::MAX_REMEMBERED;
 
-/// Time after which a request that is still being done is acknowledged, so that it is not repeated. Well below
-/// [`crate::limits::ASK_RETRY_FIRST`]; what is done sooner is answered without a message more.
-const ACCEPT_AFTER: Duration = Duration::from_millis(300);
+/// Time after which a caller is told that its ask was taken, unless it is answered by then: a quick answer is one frame.
+/// Well below [`ASK_RETRY_FIRST`], so that a round trip of 0.8 s costs no repeat.
+pub const ACCEPT_AFTER: Duration = Duration::from_millis(100);
+
+/// Most asks of one caller under way here; a further one is told that this host is busy.
+pub const MAX_IN_PROGRESS: usize = 256;
+
+/// Most asks of all callers under way here.
+pub const MAX_IN_PROGRESS_OVERALL: usize = 8_192;
+
+/// Most asks of ours under way to one instance; a further one fails as busy.
+pub const MAX_OUTSTANDING: usize = 1024;
+
+/// Handshakes under way to one instance: an answer to an earlier one may still come when the next was begun.
+const OPENINGS: usize = 3;
+
+/// Sessions with one instance in each role: the one in use, and those that answers may still come by.
+const SESSIONS: usize = 4;
+
+/// Pause after which something is sent again that a full queue turned away, so that not all come back at once.
+const QUEUE_FULL_PAUSE_MS: std::ops::Range<u64> = 100..400;
 
 /// Who an instance is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,85 +104,121 @@ pub struct Config {
     pub psk: Zeroizing<[u8; 32]>,
 }
 
-/// Why an ask led to no outcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum AskFault {
-    /// Nobody took it in time.
-    #[error("it cannot be reached")]
-    Unreachable,
-    /// It was taken; then the host went away or silent.
-    #[error("it went away while working on the request")]
-    Lost,
-    /// It was taken, but there was no outcome in time.
-    #[error("it gave no answer in time")]
-    DeadlineExceeded,
-    /// It is too large for a message.
-    #[error("the request is too large for a message")]
-    TooLarge,
-    /// The host has too much to do; it did nothing.
-    #[error("it is too busy")]
-    Busy,
-}
-
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// Somebody asks; say [`Exchange::answer`].
+    /// Somebody asks; say [`Exchange::answer`]. Never twice the same.
     Asked {
         /// Who, as proved.
         caller: Address,
-        /// The id, which comes only once.
+        /// The caller's name for the ask: another caller may use the same.
         id: RequestId,
-        /// What.
+        /// What to do.
         request: Request,
     },
-    /// The host has our ask.
+    /// The host has our ask, and is working on it.
     Accepted {
         /// The ask.
         id: RequestId,
     },
-    /// The host's outcome of our ask.
+    /// The host answered; the ask is over.
     Answered {
         /// The ask.
         id: RequestId,
         /// How it ended.
         outcome: Outcome,
     },
-    /// Our ask led to no outcome.
+    /// There will be no outcome; the ask is over.
     Failed {
         /// The ask.
         id: RequestId,
         /// Why.
         fault: AskFault,
     },
-    /// Others must be told this epoch.
+    /// The instance has a new epoch, which its presence must say at once.
     EpochChanged(Epoch),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Timer {
-    /// Repeat an ask, or give it up.
-    Ask(RequestId),
-    /// Acknowledge a request that is still being done.
-    Accept(InstanceId, RequestId),
-    /// Forget an instance that did not come back.
-    Forget(InstanceId),
+/// Why an ask led to no outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AskFault {
+    /// It is not known here, or no sign came in time that it took the ask.
+    #[error("it cannot be reached")]
+    Unreachable,
+    /// The host took it, or may have; then it went away, or knows nothing of it any more.
+    #[error("it went away while working on the request")]
+    Lost,
+    /// The host took it, but gave no outcome in time.
+    #[error("it gave no answer in time")]
+    DeadlineExceeded,
+    /// It is too large for a message.
+    #[error("the request is too large for a message")]
+    TooLarge,
+    /// The host has too much to do, or too much was asked of it from here; nothing was done.
+    #[error("it is too busy")]
+    Busy,
+}
+
+/// Why a sealed message was dropped. Nothing else came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
+pub enum Dropped {
+    /// It does not read as what it should be.
+    #[error("malformed")]
+    Malformed,
+    /// It does not verify, or was opened before.
+    #[error("forged or repeated")]
+    Forged,
+    /// It verifies, but breaks the protocol.
+    #[error("out of turn")]
+    OutOfTurn,
+    /// Nobody known has that slot.
+    #[error("from an unknown slot")]
+    UnknownSender,
+    /// There is no such session (any more).
+    #[error("for an unknown session")]
+    UnknownSession,
+    /// A first message that was taken before.
+    #[error("a repeated first message")]
+    Repeated,
+    /// The sender begins too many sessions.
+    #[error("too many sessions begun")]
+    OverBudget,
+}
+
+impl From<Malformed> for Dropped {
+    fn from(_: Malformed) -> Self {
+        Self::Malformed
+    }
+}
+
+impl From<Misbehaved> for Dropped {
+    fn from(fault: Misbehaved) -> Self {
+        match fault {
+            Misbehaved::Forged | Misbehaved::WeakKey => Self::Forged,
+            Misbehaved::OutOfTurn | Misbehaved::OverLimit => Self::OutOfTurn,
+        }
+    }
 }
 
 /// All sessions, asks and answers of one instance. Call order: see [`crate`].
 pub struct Exchange {
-    config: Config,
     identity: Identity,
+    me: Address,
+    room: RoomId,
+    psk: Zeroizing<[u8; 32]>,
     epochs: Epochs,
+    epoch_ends: Instant,
     remotes: BTreeMap<InstanceId, Remote>,
     slots: BTreeMap<Slot, InstanceId>,
-    sessions: BTreeMap<u32, Session>,
-    pending: BTreeMap<u32, Pending>,
+    sessions: Sessions,
     asks: BTreeMap<RequestId, Ask>,
-    tags: BTreeMap<(u32, Slot), RequestId>,
-    answers: Answers,
-    timers: BTreeSet<(Instant, Timer)>,
+    /// Above every number used so far, for whichever host: an instance that comes back is never asked under an old one.
+    next_number: u64,
+    outcomes: Outcomes,
+    in_progress: usize,
+    timers: Timers,
     next_tag: u32,
+    dropped: BTreeMap<Dropped, u64>,
     transmits: VecDeque<Bytes>,
     events: VecDeque<Event>,
 }
@@ -163,18 +227,22 @@ impl Exchange {
     /// An exchange that knows nobody yet.
     pub fn new(config: Config, rng: &mut impl CryptoRng, now: Instant) -> Self {
         Self {
-            identity: Identity::new(config.identity.clone()),
-            config,
-            epochs: Epochs::new(rng, now),
+            identity: Identity::new(config.identity),
+            me: config.me,
+            room: config.room,
+            psk: config.psk,
+            epochs: Epochs::new(rng),
+            epoch_ends: epochs::end_of_age(now, rng),
             remotes: BTreeMap::new(),
             slots: BTreeMap::new(),
-            sessions: BTreeMap::new(),
-            pending: BTreeMap::new(),
+            sessions: Sessions::new(rng.next_u32()),
             asks: BTreeMap::new(),
-            tags: BTreeMap::new(),
-            answers: Answers::default(),
-            timers: BTreeSet::new(),
-            next_tag: 1,
+            next_number: 0,
+            outcomes: Outcomes::default(),
+            in_progress: 0,
+            timers: Timers::default(),
+            next_tag: 0,
+            dropped: BTreeMap::new(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -185,7 +253,15 @@ impl Exchange {
         self.epochs.current()
     }
 
+    /// How many sealed messages were dropped, by reason.
+    pub fn dropped(&self) -> &BTreeMap<Dropped, u64> {
+        &self.dropped
+    }
+
     /// An instance is in the room, or has another slot or epoch. What waits for it goes out.
+    ///
+    /// An instance belongs to the identity that it was first seen with, for as long as it is known: another that joins
+    /// under its id is ignored.
     pub fn member_joined(
         &mut self,
         address: Address,
@@ -195,149 +271,72 @@ impl Exchange {
         rng: &mut impl CryptoRng,
     ) {
         let instance = address.instance;
-        let remote = self.remotes.entry(instance).or_insert_with(|| Remote::new(address, slot, epoch, now));
-        // The relay may lie about who an instance is; the first word counts, and the handshake needs the right key.
+        if instance == self.me.instance {
+            return;
+        }
+        let (epochs, number) = (&mut self.epochs, self.next_number);
+        let remote = self
+            .remotes
+            .entry(instance)
+            .or_insert_with(|| Remote::new(address, epoch, number, epochs.return_of(address)));
         if remote.address != address {
             return;
         }
+        remote.is_forsaken = false;
+        let has_new_epoch = std::mem::replace(&mut remote.epoch, epoch) != epoch;
         let before = remote.slot.replace(slot);
-        remote.epoch = epoch;
-        if let Some(before) = before {
-            self.slots.remove(&before);
-        }
-        self.slots.insert(slot, instance);
-        self.timers.retain(|(_, timer)| *timer != Timer::Forget(instance));
+        self.timers.cancel(Timer::Absent(instance));
         if before != Some(slot) {
-            self.drop_pending(instance);
-            for id in self.asks_to(instance) {
-                self.with_ask(id, |ask| ask.set_gone(false, now));
-                self.send(id, now, rng);
+            before.map(|before| self.slots.remove(&before));
+            if let Some(other) = self.slots.insert(slot, instance).and_then(|other| self.remotes.get_mut(&other)) {
+                other.slot = None;
             }
+            self.resume(instance, now, rng);
+        } else if has_new_epoch {
+            self.retry_opening(instance, now, rng);
         }
     }
 
-    /// An instance left the room. Its sessions are kept for a while: it may only have lost its relay.
+    /// An instance left the room. What it accepted is lost unless it is back within [`ASK_LOST_AFTER`].
     pub fn member_left(&mut self, instance: InstanceId, now: Instant) {
         let Some(remote) = self.remotes.get_mut(&instance) else { return };
         if let Some(slot) = remote.slot.take() {
             self.slots.remove(&slot);
         }
-        self.timers.insert((now + OUTCOME_MEMORY_MIN, Timer::Forget(instance)));
-        for id in self.asks_to(instance) {
-            self.with_ask(id, |ask| ask.set_gone(true, now));
-            self.reschedule(id, now);
-        }
+        self.timers.set_sooner(Timer::Absent(instance), now + ASK_LOST_AFTER);
     }
 
-    /// This instance's own connection was lost: nobody can be reached until they join anew.
+    /// This instance's own connection was lost: nobody can be reached until they join anew. Nothing fails for that alone.
     pub fn uplink_lost(&mut self) {
         self.slots.clear();
-        self.remotes.values_mut().for_each(|remote| remote.slot = None);
         self.transmits.clear();
-    }
-
-    /// Asks one instance. Its end is an event; without a session the request rides in the first message.
-    pub fn ask(
-        &mut self,
-        to: InstanceId,
-        request: Request,
-        deadline: Duration,
-        now: Instant,
-        rng: &mut impl CryptoRng,
-    ) -> RequestId {
-        let id = self.begin_ask(to, Arc::new(request), deadline, now, rng);
-        self.send(id, now, rng);
-        id
-    }
-
-    /// Asks many instances the same, with one upload for all who are in the room.
-    pub fn ask_many(
-        &mut self,
-        to: &[InstanceId],
-        request: Request,
-        deadline: Duration,
-        now: Instant,
-        rng: &mut impl CryptoRng,
-    ) -> Vec<(InstanceId, RequestId)> {
-        let request = Arc::new(request);
-        let asks: Vec<_> = to
-            .iter()
-            .map(|instance| (*instance, self.begin_ask(*instance, request.clone(), deadline, now, rng)))
-            .collect();
-        let ids: Vec<_> = asks.iter().map(|(_, id)| *id).filter(|id| self.asks.contains_key(id)).collect();
-        if let [id] = ids[..] {
-            self.send(id, now, rng);
-        } else if !ids.is_empty() {
-            self.multicast(&ids, &request, now, rng);
-        }
-        asks
-    }
-
-    /// The caller no longer wants the outcome; there will be no event for it.
-    pub fn forget(&mut self, id: RequestId) {
-        self.end_ask(id);
-    }
-
-    /// The outcome of a request that [`Event::Asked`] reported. A second one for the same id is ignored.
-    pub fn answer(&mut self, caller: InstanceId, id: RequestId, outcome: Outcome, now: Instant) {
-        let mut answer = encode(&Message::Answer { id, outcome });
-        if answer.len() > MAX_MESSAGE_BYTES {
-            let what = format!("the answer has {} bytes; a message carries {MAX_MESSAGE_BYTES}", answer.len());
-            let outcome = Outcome::Failed(Failure::new(FailureKind::Invalid, what, "ask for less at once"));
-            answer = encode(&Message::Answer { id, outcome });
-        }
-        if let Some(session) = self.answers.end(caller, id, answer.clone(), now) {
-            self.reply(session, &answer);
-        }
+        self.remotes.values_mut().for_each(|remote| remote.slot = None);
     }
 
     /// The relay brought a sealed message.
     pub fn handle_message(&mut self, from: Slot, sealed: &[u8], now: Instant, rng: &mut impl CryptoRng) {
-        self.handle_sealed(from, sealed, None, now, rng);
+        let handled = self.handle_sealed(from, sealed, None, now, rng);
+        self.count(handled);
     }
 
     /// The relay brought this instance's share of a multicast.
     pub fn handle_share(&mut self, from: Slot, part: &[u8], shared: &[u8], now: Instant, rng: &mut impl CryptoRng) {
-        self.handle_sealed(from, part, Some(shared), now, rng);
+        let handled = self.handle_sealed(from, part, Some(shared), now, rng);
+        self.count(handled);
     }
 
     /// The relay did not deliver a message.
     pub fn handle_refused(&mut self, refused: Refused, now: Instant, rng: &mut impl CryptoRng) {
-        let Some(id) = self.tags.get(&(refused.tag, refused.slot)).copied() else { return };
-        // If the message was to begin a session, nobody will answer it.
-        if let Some(to) = self.asks.get(&id).map(|ask| ask.to) {
-            self.drop_pending(to);
-        }
+        let Some(&instance) = self.slots.get(&refused.slot) else { return };
         match refused.reason {
-            RefusalReason::QueueFull => {
-                let pause = Duration::from_millis(100 + u64::from(rng.next_u32() % 300));
-                self.wake_ask_at(id, now + pause);
-            }
-            // The roster tells when it comes back.
+            // Whoever is gone is reported as gone by the relay; until then the usual repeats go on.
             RefusalReason::Gone => {}
-        }
-    }
-
-    /// When [`Exchange::handle_timeout`] wants to be called.
-    pub fn poll_timeout(&self) -> Instant {
-        let timer = self.timers.first().map(|(at, _)| *at);
-        [timer, self.answers.due()].into_iter().flatten().fold(self.epochs.due(), Instant::min)
-    }
-
-    /// Time has passed.
-    pub fn handle_timeout(&mut self, now: Instant, rng: &mut impl CryptoRng) {
-        self.answers.expire(now);
-        self.renew_epoch_if_due(now, rng);
-        while let Some((_, timer)) = self.timers.first().copied().filter(|(at, _)| *at <= now) {
-            self.timers.pop_first();
-            match timer {
-                Timer::Ask(id) => self.look_after(id, now, rng),
-                Timer::Accept(caller, id) => {
-                    if let Some(session) = self.answers.working_session(caller, id) {
-                        self.reply(session, &encode(&Message::Accepted { id }));
-                    }
-                }
-                Timer::Forget(instance) => self.forget_remote(instance),
+            RefusalReason::QueueFull => {
+                let spread = QUEUE_FULL_PAUSE_MS.end - QUEUE_FULL_PAUSE_MS.start;
+                let pause = QUEUE_FULL_PAUSE_MS.start + rng.next_u64() % spread;
+                let again = now + Duration::from_millis(pause);
+                self.ask_refused(instance, refused.tag, again);
+                self.answer_refused(instance, refused.tag, again);
             }
         }
     }
@@ -351,4 +350,81 @@ impl Exchange {
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
+
+    /// When [`Exchange::handle_timeout`] wants to be called.
+    pub fn poll_timeout(&self) -> Instant {
+        self.timers.next().map_or(self.epoch_ends, |next| next.min(self.epoch_ends))
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Instant, rng: &mut impl CryptoRng) {
+        if now >= self.epoch_ends {
+            self.new_epoch(now, rng);
+        }
+        while let Some(timer) = self.timers.take_due(now) {
+            match timer {
+                Timer::Ask(id) => self.ask_due(id, now, rng),
+                Timer::Begin(instance) => self.begin_due(instance, now, rng),
+                Timer::Tell(caller, number) => self.tell(caller, number, now),
+                Timer::Absent(instance) => self.forsake(instance),
+                Timer::Outcomes => self.forget_old_outcomes(now),
+                Timer::Sessions => self.drop_old_sessions(now),
+            }
+        }
+    }
+
+    fn new_epoch(&mut self, now: Instant, rng: &mut impl CryptoRng) {
+        self.epochs.rotate(rng);
+        self.epoch_ends = epochs::end_of_age(now, rng);
+        self.events.push_back(Event::EpochChanged(self.epochs.current()));
+    }
+
+    /// An instance stayed away: nothing can be expected of it any more.
+    fn forsake(&mut self, instance: InstanceId) {
+        let Some(remote) = self.remotes.get_mut(&instance) else { return };
+        remote.is_forsaken = true;
+        let asks: Vec<RequestId> = remote.outstanding.values().copied().collect();
+        for id in asks {
+            let is_accepted = self.asks.get(&id).is_some_and(|ask| ask.is_accepted);
+            self.fail(id, if is_accepted { AskFault::Lost } else { AskFault::Unreachable });
+        }
+        self.forget_forsaken(instance);
+    }
+
+    /// Lets go of a forsaken instance once nothing of it is in progress or remembered here.
+    fn forget_forsaken(&mut self, instance: InstanceId) {
+        let Some(remote) = self.remotes.get(&instance) else { return };
+        if !remote.is_forsaken || !remote.caller.entries.is_empty() {
+            return;
+        }
+        let end = remote.caller.seen.end();
+        if end > 0 {
+            self.epochs.depart(remote.address, end);
+        }
+        self.close_sessions(instance);
+        self.remotes.remove(&instance);
+    }
+
+    fn count(&mut self, handled: Result<(), Dropped>) {
+        if let Err(dropped) = handled {
+            *self.dropped.entry(dropped).or_default() += 1;
+        }
+    }
+
+    /// Puts a sealed message on its way; gives the tag under which it may be refused.
+    fn transmit(&mut self, slot: Slot, sealed: &[u8]) -> u32 {
+        let tag = self.draw_tag();
+        self.transmits.push_back(message(slot, tag, sealed));
+        tag
+    }
+
+    fn draw_tag(&mut self) -> u32 {
+        self.next_tag = self.next_tag.wrapping_add(1);
+        self.next_tag
+    }
+}
+
+/// Pause before the next repeat: [`ASK_RETRY_FIRST`], doubled with each, up to [`ASK_RETRY_MAX`].
+fn repeat_after(tries: u32) -> Duration {
+    ASK_RETRY_FIRST.saturating_mul(1 << tries.saturating_sub(1).min(8)).min(ASK_RETRY_MAX)
 }

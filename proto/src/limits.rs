@@ -82,12 +82,5 @@ pub const ASK_CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// An accepted ask whose host left the room and did not come back for so long is lost: a relay's restart takes less.
 pub const ASK_LOST_AFTER: Duration = Duration::from_secs(30);
 
-/// An accepted ask of which nothing was heard for so long is lost. Below [`OUTCOME_MEMORY_MIN`]: whoever asks again after
-/// that would not know whether the host still remembers.
-pub const ASK_SILENT_AFTER: Duration = Duration::from_secs(90);
-
 /// How long a host remembers an outcome for who asks again.
 pub const OUTCOME_MEMORY: Duration = Duration::from_secs(600);
-
-/// How long a host remembers an outcome even when memory is short; then it takes no new asks.
-pub const OUTCOME_MEMORY_MIN: Duration = Duration::from_secs(120);

@@ -26,7 +26,7 @@ use peerfleet_proto::{
     token::{RoomKeys, Token},
     wire::{
         FrameKind, LINK_PROTOCOL, RELAY_PATH, RELAY_PROTOCOL, decode, encode,
-        message::{Message, StreamHead},
+        message::{Message, Numbering, StreamHead},
         relay::{
             self, Challenge, ClosingReason, Join, Member, PeerFrame, PeerToRelay, RefusalReason, Refused, RelayFrame,
             RelayToPeer, Welcome,
@@ -174,15 +174,23 @@ golden! { reasons_to_close_a_connection: ClosingReason {
 }}
 
 golden! { what_is_inside_a_sealed_message: Message {
-    Message::Ask { .. } => Message::Ask { id: request_id(), settled: vec![request_id()], request: Request::Ping },
-        "0033333333333333333333333333333333013333333333333333333333333333333302";
-    Message::AskShared { .. } => Message::AskShared { id: request_id(), key: [4; 32], digest: [5; 32] },
-        "013333333333333333333333333333333304040404040404040404040404040404040404040404040404040404040404"
-        "040505050505050505050505050505050505050505050505050505050505050505";
+    Message::Ask { .. } => Message::Ask { id: request_id(), numbering: numbering(), request: Request::Ping },
+        "0033333333333333333333333333333333ac02070909090909090909090909090909090902";
+    Message::AskShared { .. } => Message::AskShared {
+        id: request_id(),
+        numbering: numbering(),
+        key: [4; 32],
+        digest: [5; 32],
+    },
+        "0133333333333333333333333333333333ac020709090909090909090909090909090909"
+        "04040404040404040404040404040404040404040404040404040404040404040505050505050505050505050505050505050505050505050505050505050505";
     Message::Accepted { .. } => Message::Accepted { id: request_id() }, "0233333333333333333333333333333333";
     Message::Answer { .. } => Message::Answer { id: request_id(), outcome: Outcome::Done },
         "033333333333333333333333333333333301";
     Message::Busy { .. } => Message::Busy { id: request_id() }, "0433333333333333333333333333333333";
+    Message::Poll { .. } => Message::Poll { id: request_id(), number: 300, settled: 7 },
+        "0533333333333333333333333333333333ac0207";
+    Message::Forgotten { .. } => Message::Forgotten { id: request_id() }, "0633333333333333333333333333333333";
 }}
 
 golden! { heads_of_streams: StreamHead {
@@ -513,6 +521,10 @@ fn peer() -> PeerId {
 
 fn instance() -> InstanceId {
     InstanceId::from_bytes([0x22; 16])
+}
+
+fn numbering() -> Numbering {
+    Numbering { number: 300, settled: 7, born: Epoch([9; 16]) }
 }
 
 fn request_id() -> RequestId {

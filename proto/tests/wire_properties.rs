@@ -22,7 +22,7 @@ use peerfleet_proto::{
     token::{RoomKeys, Token},
     wire::{
         FrameKind, decode, encode,
-        message::Message,
+        message::{Message, Numbering},
         relay::{
             self, Challenge, ClosingReason, DATAGRAM_HEADER_BYTES, Join, MESSAGE_HEADER_BYTES, Member, PeerFrame,
             PeerToRelay, RefusalReason, Refused, RelayFrame, RelayToPeer, SLOT_OFFSET, Welcome,
@@ -445,11 +445,22 @@ fn member() -> impl Strategy<Value = Member> {
     })
 }
 
+fn numbering() -> impl Strategy<Value = Numbering> {
+    any::<([u64; 2], [u8; 16])>().prop_map(|([number, settled], born)| Numbering { number, settled, born: Epoch(born) })
+}
+
 fn message() -> impl Strategy<Value = Message> {
     let id = || any::<[u8; 16]>().prop_map(RequestId::from_bytes);
     prop_oneof![
-        (id(), vec(id(), 0..4), request()).prop_map(|(id, settled, request)| Message::Ask { id, settled, request }),
-        (id(), any::<[[u8; 32]; 2]>()).prop_map(|(id, [key, digest])| Message::AskShared { id, key, digest }),
+        (id(), numbering(), request()).prop_map(|(id, numbering, request)| Message::Ask { id, numbering, request }),
+        (id(), numbering(), any::<[[u8; 32]; 2]>()).prop_map(|(id, numbering, [key, digest])| Message::AskShared {
+            id,
+            numbering,
+            key,
+            digest
+        }),
+        (id(), any::<[u64; 2]>()).prop_map(|(id, [number, settled])| Message::Poll { id, number, settled }),
+        id().prop_map(|id| Message::Forgotten { id }),
         id().prop_map(|id| Message::Accepted { id }),
         (id(), outcome()).prop_map(|(id, outcome)| Message::Answer { id, outcome }),
         id().prop_map(|id| Message::Busy { id }),

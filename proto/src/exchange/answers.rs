@@ -1,210 +1,307 @@
-//! What others asked of this instance: each id once, and the outcomes for who asks again.
+//! Asks of others: each taken at most once, and answered as often as its caller asks how it stands.
 //!
-//! Working → Done → forgotten: when the caller has settled the id, or after [`OUTCOME_MEMORY`]. An outcome younger than
-//! [`OUTCOME_MEMORY_MIN`] is never forgotten for want of memory: new asks are refused as busy instead, because a forgotten id
-//! that comes again would run again.
-//! Bounds: [`MAX_ENTRIES`], [`MAX_BYTES`], and [`MAX_WORKING`] of one caller.
+//! An outcome is remembered until its caller has settled the ask, for [`OUTCOME_MEMORY`] at most, within bounds for one caller and
+//! for all. Forgetting an outcome never makes an ask new again: a caller that comes for it later learns that it is lost.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
-    time::Instant,
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
 };
 
+use super::{
+    ACCEPT_AFTER, Dropped, Event, Exchange, MAX_IN_PROGRESS, MAX_IN_PROGRESS_OVERALL, numbers::Numbers, remote::Remote,
+    timers::Timer,
+};
 use crate::{
+    fault::Misbehaved,
     id::{InstanceId, RequestId},
-    limits::{OUTCOME_MEMORY, OUTCOME_MEMORY_MIN},
+    limits::{MAX_MESSAGE_BYTES, OUTCOME_MEMORY},
+    request::{Failure, FailureKind, Outcome, Request},
+    wire::{
+        encode,
+        message::{Message, Numbering},
+    },
 };
 
-/// Ids that are remembered. Callers settle what they have, so only lost answers and crashed callers fill this.
-const MAX_ENTRIES: usize = 16_384;
+/// Most bytes of outcomes remembered for one caller: 34 of the largest.
+pub const MAX_CALLER_BYTES: usize = 2 * 1024 * 1024;
 
-/// Bytes of outcomes that are remembered: about 250 of the largest.
-const MAX_BYTES: usize = 16 * 1024 * 1024;
+/// Most outcomes remembered for one caller.
+pub const MAX_CALLER_OUTCOMES: usize = 1024;
 
-/// Requests of one caller that may be under way: more than any fan-in of honest work, little enough for a hostile member.
-const MAX_WORKING: usize = 256;
+/// Most bytes of outcomes remembered in all.
+pub const MAX_OUTCOME_BYTES: usize = 8 * 1024 * 1024;
 
-type Key = (InstanceId, RequestId);
+/// Most outcomes remembered in all.
+pub const MAX_OUTCOMES: usize = 4096;
 
-/// Every id that is remembered.
+/// An answer is not repeated sooner than this, so that a small poll cannot draw large answers without end.
+const REPEAT_AFTER: Duration = Duration::from_millis(500);
+
+/// How often an answer is sent again because a queue was full; then it waits for its caller to ask.
+const RESENDS: u32 = 6;
+
+/// What one other instance has asked.
+pub(super) struct Caller {
+    pub(super) seen: Numbers,
+    /// Asks that are known, by number: under way, or with an outcome.
+    pub(super) entries: BTreeMap<u64, Entry>,
+    numbers: BTreeMap<RequestId, u64>,
+    in_progress: usize,
+    outcome_bytes: usize,
+}
+
+/// One ask of a caller.
+pub(super) struct Entry {
+    id: RequestId,
+    /// The session by which it came last.
+    via: u32,
+    /// The sealed words of its answer, once there is one, and since when.
+    answer: Option<(Vec<u8>, Instant)>,
+    /// The caller no longer waits.
+    is_settled: bool,
+    tag: Option<u32>,
+    told: Option<Instant>,
+    resends: u32,
+}
+
+/// An ask as it came.
+pub(super) struct NewAsk {
+    pub(super) id: RequestId,
+    pub(super) numbering: Numbering,
+    pub(super) request: Request,
+}
+
+/// Which outcomes are remembered, the oldest first.
 #[derive(Default)]
-pub(super) struct Answers {
-    entries: BTreeMap<Key, Entry>,
-    /// Ended ids, oldest first; some may be forgotten already.
-    ended: VecDeque<(Instant, Key)>,
-    working: BTreeMap<InstanceId, usize>,
+pub(super) struct Outcomes {
+    by_age: BTreeSet<(Instant, InstanceId, u64)>,
     bytes: usize,
 }
 
-struct Entry {
-    /// The session by which the ask came last: the answer goes there.
-    session: u32,
-    /// The sealed message's plaintext, once there is an outcome.
-    answer: Option<Vec<u8>>,
-}
-
-/// What to do with an ask.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// It is new: do it.
-    New,
-    /// It is being done.
-    Working,
-    /// It was done, with this answer.
-    Done(Vec<u8>),
-    /// Too much is going on.
-    Busy,
-}
-
-impl Answers {
-    /// Takes an ask that came by this session.
-    pub(super) fn begin(&mut self, caller: InstanceId, id: RequestId, session: u32, now: Instant) -> Verdict {
-        if let Some(entry) = self.entries.get_mut(&(caller, id)) {
-            entry.session = session;
-            return entry.answer.clone().map_or(Verdict::Working, Verdict::Done);
+impl Exchange {
+    /// Answers what [`Event::Asked`] said. An outcome that does not fit a message is replaced by a failure that says so.
+    pub fn answer(&mut self, caller: InstanceId, id: RequestId, outcome: Outcome, now: Instant) {
+        let Some(known) = self.remotes.get_mut(&caller).map(|remote| &mut remote.caller) else { return };
+        let Some(&number) = known.numbers.get(&id) else { return };
+        let Some(entry) = known.entries.get_mut(&number).filter(|entry| entry.answer.is_none()) else { return };
+        let words = answer_words(id, outcome);
+        known.in_progress -= 1;
+        known.outcome_bytes += words.len();
+        self.in_progress -= 1;
+        self.outcomes.bytes += words.len();
+        self.outcomes.by_age.insert((now, caller, number));
+        entry.answer = Some((words, now));
+        entry.resends = 0;
+        if entry.is_settled {
+            self.forget_outcome(caller, number);
+        } else {
+            self.tell(caller, number, now);
+            self.bound_outcomes(caller);
         }
-        let working = self.working.get(&caller).copied().unwrap_or_default();
-        if working >= MAX_WORKING || !self.make_room(now) {
-            return Verdict::Busy;
-        }
-        self.working.insert(caller, working + 1);
-        self.entries.insert((caller, id), Entry { session, answer: None });
-        Verdict::New
+        self.forget_forsaken(caller);
+        self.arm_outcomes();
     }
 
-    /// Remembers the answer; the session to send it by, unless the id is unknown or was answered before.
-    pub(super) fn end(&mut self, caller: InstanceId, id: RequestId, answer: Vec<u8>, now: Instant) -> Option<u32> {
-        let entry = self.entries.get_mut(&(caller, id)).filter(|entry| entry.answer.is_none())?;
-        self.bytes += answer.len();
-        entry.answer = Some(answer);
-        let session = entry.session;
-        self.ended.push_back((now, (caller, id)));
-        if let Some(working) = self.working.get_mut(&caller) {
-            *working -= 1;
-            if *working == 0 {
-                self.working.remove(&caller);
+    /// Takes an ask that a session of this caller proved, if it is new.
+    pub(super) fn take_ask(&mut self, from: InstanceId, via: u32, ask: NewAsk, now: Instant) -> Result<(), Dropped> {
+        let NewAsk { id, numbering: Numbering { number, settled, born }, request } = ask;
+        self.settle(from, settled);
+        let Some(Remote { address, caller, .. }) = self.remotes.get_mut(&from) else { return Ok(()) };
+        let address = *address;
+        if caller.entries.contains_key(&number) {
+            return self.tell_again(from, via, number, id, now);
+        }
+        if caller.numbers.contains_key(&id) {
+            return Err(Misbehaved::OutOfTurn.into());
+        }
+        if caller.seen.contains(number) || !self.epochs.accepts(born) {
+            self.say(from, via, &Message::Forgotten { id });
+            return Ok(());
+        }
+        caller.seen.take(number);
+        if caller.in_progress >= MAX_IN_PROGRESS || self.in_progress >= MAX_IN_PROGRESS_OVERALL {
+            self.say(from, via, &Message::Busy { id });
+            return Ok(());
+        }
+        caller.in_progress += 1;
+        caller.numbers.insert(id, number);
+        caller.entries.insert(number, Entry::new(id, via));
+        self.in_progress += 1;
+        self.timers.set(Timer::Tell(from, number), now + ACCEPT_AFTER);
+        self.events.push_back(Event::Asked { caller: address, id, request });
+        Ok(())
+    }
+
+    /// Tells a caller how its ask stands.
+    pub(super) fn take_poll(
+        &mut self,
+        from: InstanceId,
+        via: u32,
+        id: RequestId,
+        number: u64,
+        settled: u64,
+        now: Instant,
+    ) -> Result<(), Dropped> {
+        self.settle(from, settled);
+        if self.remotes.get(&from).is_some_and(|remote| remote.caller.entries.contains_key(&number)) {
+            return self.tell_again(from, via, number, id, now);
+        }
+        self.say(from, via, &Message::Forgotten { id });
+        Ok(())
+    }
+
+    /// A caller repeats an ask that is known.
+    fn tell_again(
+        &mut self,
+        caller: InstanceId,
+        via: u32,
+        number: u64,
+        id: RequestId,
+        now: Instant,
+    ) -> Result<(), Dropped> {
+        let entry = self.entry(caller, number).filter(|entry| entry.id == id).ok_or(Misbehaved::OutOfTurn)?;
+        entry.via = via;
+        entry.resends = 0;
+        match entry.told.map(|told| told + REPEAT_AFTER).filter(|soonest| *soonest > now) {
+            Some(soonest) => self.timers.set_sooner(Timer::Tell(caller, number), soonest),
+            None => self.tell(caller, number, now),
+        }
+        Ok(())
+    }
+
+    /// Tells a caller how its ask stands, if it is there: that it was taken, or its outcome.
+    pub(super) fn tell(&mut self, caller: InstanceId, number: u64, now: Instant) {
+        self.timers.cancel(Timer::Tell(caller, number));
+        let Some(entry) = self.entry(caller, number).filter(|entry| !entry.is_settled) else { return };
+        entry.told = Some(now);
+        let (id, via) = (entry.id, entry.via);
+        let tag = match entry.answer.take() {
+            None => self.say(caller, via, &Message::Accepted { id }),
+            Some((words, since)) => {
+                let tag = self.say_words(caller, via, &words);
+                if let Some(entry) = self.entry(caller, number) {
+                    entry.answer = Some((words, since));
+                }
+                tag
+            }
+        };
+        if let Some(entry) = self.entry(caller, number) {
+            entry.tag = tag;
+        }
+    }
+
+    /// The relay's queue for a caller was full: tell it again then.
+    pub(super) fn answer_refused(&mut self, caller: InstanceId, tag: u32, again: Instant) {
+        let Some(remote) = self.remotes.get_mut(&caller) else { return };
+        let refused = remote.caller.entries.iter_mut().find(|(_, entry)| entry.tag == Some(tag));
+        let Some((number, entry)) = refused else { return };
+        entry.tag = None;
+        if entry.resends < RESENDS {
+            let more = again + REPEAT_AFTER / 5 * ((1 << entry.resends) - 1);
+            entry.resends += 1;
+            self.timers.set(Timer::Tell(caller, *number), more);
+        }
+    }
+
+    /// The caller no longer waits for what is below.
+    fn settle(&mut self, from: InstanceId, below: u64) {
+        let Some(caller) = self.remotes.get_mut(&from).map(|remote| &mut remote.caller) else { return };
+        caller.seen.settle(below);
+        let mut over = Vec::new();
+        for (number, entry) in caller.entries.range_mut(..below) {
+            entry.is_settled = true;
+            if entry.answer.is_some() {
+                over.push(*number);
             }
         }
-        Some(session)
+        over.into_iter().for_each(|number| self.forget_outcome(from, number));
     }
 
-    /// The session of an ask that is being done.
-    pub(super) fn working_session(&self, caller: InstanceId, id: RequestId) -> Option<u32> {
-        self.entries.get(&(caller, id)).filter(|entry| entry.answer.is_none()).map(|entry| entry.session)
-    }
-
-    /// The caller has these answers and sent these ids only once: nobody will ask again.
-    pub(super) fn settle(&mut self, caller: InstanceId, ids: &[RequestId]) {
-        ids.iter().for_each(|id| self.forget((caller, *id)));
-    }
-
-    /// When something is to be forgotten by age.
-    pub(super) fn due(&self) -> Option<Instant> {
-        self.ended.front().map(|(ended, _)| *ended + OUTCOME_MEMORY)
-    }
-
-    /// Forgets what is too old.
-    pub(super) fn expire(&mut self, now: Instant) {
-        while self.ended.front().is_some_and(|(ended, _)| *ended + OUTCOME_MEMORY <= now) {
-            self.forget_oldest();
+    fn bound_outcomes(&mut self, caller: InstanceId) {
+        while let Some(known) = self.remotes.get(&caller).map(|remote| &remote.caller)
+            && (known.outcome_bytes > MAX_CALLER_BYTES || known.entries.len() - known.in_progress > MAX_CALLER_OUTCOMES)
+        {
+            let mut answered = known.entries.iter().filter(|(_, entry)| entry.answer.is_some());
+            let Some((&number, _)) = answered.next() else { return };
+            self.forget_outcome(caller, number);
+        }
+        while let Some(&(_, oldest, number)) = self.outcomes.by_age.first()
+            && (self.outcomes.bytes > MAX_OUTCOME_BYTES || self.outcomes.by_age.len() > MAX_OUTCOMES)
+        {
+            self.forget_outcome(oldest, number);
+            self.forget_forsaken(oldest);
         }
     }
 
-    fn make_room(&mut self, now: Instant) -> bool {
-        while self.entries.len() >= MAX_ENTRIES || self.bytes >= MAX_BYTES {
-            if self.ended.front().is_none_or(|(ended, _)| *ended + OUTCOME_MEMORY_MIN > now) {
-                return false;
-            }
-            self.forget_oldest();
+    pub(super) fn forget_old_outcomes(&mut self, now: Instant) {
+        while let Some(&(since, caller, number)) = self.outcomes.by_age.first()
+            && since + OUTCOME_MEMORY <= now
+        {
+            self.forget_outcome(caller, number);
+            self.forget_forsaken(caller);
         }
-        true
+        self.arm_outcomes();
     }
 
-    fn forget_oldest(&mut self) {
-        if let Some((_, key)) = self.ended.pop_front() {
-            self.forget(key);
+    fn arm_outcomes(&mut self) {
+        if let Some((oldest, ..)) = self.outcomes.by_age.first() {
+            self.timers.set(Timer::Outcomes, *oldest + OUTCOME_MEMORY);
         }
     }
 
-    /// Forgets an ended id.
-    fn forget(&mut self, key: Key) {
-        let Some(len) = self.entries.get(&key).and_then(|entry| entry.answer.as_ref()).map(Vec::len) else { return };
-        self.entries.remove(&key);
-        self.bytes -= len;
-        // Settled ids leave their place in the order behind; it is swept when it outgrows what it orders.
-        if self.ended.len() > 2 * self.entries.len() + 64 {
-            self.ended.retain(|(_, key)| self.entries.contains_key(key));
+    fn forget_outcome(&mut self, caller: InstanceId, number: u64) {
+        let Some(known) = self.remotes.get_mut(&caller).map(|remote| &mut remote.caller) else { return };
+        let Some(Entry { id, answer: Some((words, since)), .. }) = known.entries.remove(&number) else { return };
+        known.numbers.remove(&id);
+        known.outcome_bytes -= words.len();
+        self.outcomes.bytes -= words.len();
+        self.outcomes.by_age.remove(&(since, caller, number));
+        self.timers.cancel(Timer::Tell(caller, number));
+    }
+
+    fn entry(&mut self, caller: InstanceId, number: u64) -> Option<&mut Entry> {
+        self.remotes.get_mut(&caller)?.caller.entries.get_mut(&number)
+    }
+
+    fn say(&mut self, caller: InstanceId, via: u32, message: &Message) -> Option<u32> {
+        self.say_words(caller, via, &encode(message))
+    }
+
+    /// Sends words to a caller by the session that it used, or else its newest.
+    fn say_words(&mut self, caller: InstanceId, via: u32, words: &[u8]) -> Option<u32> {
+        let slot = self.remotes.get(&caller)?.slot?;
+        let index = if self.is_session_of(via, caller) { via } else { self.newest_accepted(caller)? };
+        let sealed = self.seal(index, words)?;
+        Some(self.transmit(slot, &sealed))
+    }
+}
+
+impl Caller {
+    /// A caller of whose asks all numbers below count as seen.
+    pub(super) fn new(seen_below: u64) -> Self {
+        Self {
+            seen: Numbers::all_below(seen_below),
+            entries: BTreeMap::new(),
+            numbers: BTreeMap::new(),
+            in_progress: 0,
+            outcome_bytes: 0,
         }
     }
 }
 
-#[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "virtual time begins somewhere")]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    const CALLER: InstanceId = InstanceId::from_bytes([1; 16]);
-
-    fn id(number: u32) -> RequestId {
-        let mut bytes = [0; 16];
-        bytes[..4].copy_from_slice(&number.to_be_bytes());
-        RequestId::from_bytes(bytes)
+impl Entry {
+    fn new(id: RequestId, via: u32) -> Self {
+        Self { id, via, answer: None, is_settled: false, tag: None, told: None, resends: 0 }
     }
+}
 
-    #[test]
-    fn a_repeated_id_gets_the_first_answer() {
-        let (mut answers, now) = (Answers::default(), Instant::now());
-        assert_eq!(answers.begin(CALLER, id(1), 7, now), Verdict::New);
-        assert_eq!(answers.begin(CALLER, id(1), 8, now), Verdict::Working);
-        assert_eq!(answers.end(CALLER, id(1), vec![1], now), Some(8));
-        assert_eq!(answers.end(CALLER, id(1), vec![2], now), None);
-        assert_eq!(answers.begin(CALLER, id(1), 9, now), Verdict::Done(vec![1]));
+fn answer_words(id: RequestId, outcome: Outcome) -> Vec<u8> {
+    let words = encode(&Message::Answer { id, outcome });
+    if words.len() <= MAX_MESSAGE_BYTES {
+        return words;
     }
-
-    #[test]
-    fn outcomes_are_forgotten_by_age() {
-        let (mut answers, now) = (Answers::default(), Instant::now());
-        answers.begin(CALLER, id(1), 7, now);
-        answers.end(CALLER, id(1), vec![1], now);
-        assert_eq!(answers.due(), Some(now + OUTCOME_MEMORY));
-        answers.expire(now + OUTCOME_MEMORY);
-        assert_eq!((answers.entries.len(), answers.bytes, answers.due()), (0, 0, None));
-    }
-
-    #[test]
-    fn one_caller_has_so_many_requests_under_way_and_others_feel_nothing() {
-        let (mut answers, now) = (Answers::default(), Instant::now());
-        for number in 0..MAX_WORKING as u32 {
-            assert_eq!(answers.begin(CALLER, id(number), 7, now), Verdict::New);
-        }
-        assert_eq!(answers.begin(CALLER, id(9999), 7, now), Verdict::Busy);
-        assert_eq!(answers.begin(InstanceId::from_bytes([2; 16]), id(9999), 8, now), Verdict::New);
-    }
-
-    #[test]
-    fn a_fresh_outcome_is_never_forgotten_for_want_of_memory() {
-        let (mut answers, now) = (Answers::default(), Instant::now());
-        for number in 0..MAX_ENTRIES as u32 {
-            assert_eq!(answers.begin(CALLER, id(number), 7, now), Verdict::New);
-            answers.end(CALLER, id(number), vec![1], now);
-        }
-        assert_eq!(answers.begin(CALLER, id(u32::MAX), 7, now), Verdict::Busy);
-        let later = now + OUTCOME_MEMORY_MIN + Duration::from_secs(1);
-        assert_eq!(answers.begin(CALLER, id(u32::MAX), 7, later), Verdict::New);
-        assert!(answers.entries.len() <= MAX_ENTRIES);
-    }
-
-    #[test]
-    fn settled_ids_leave_nothing_behind() {
-        let (mut answers, now) = (Answers::default(), Instant::now());
-        for number in 0..100_000 {
-            answers.begin(CALLER, id(number), 7, now);
-            answers.end(CALLER, id(number), vec![1], now);
-            answers.settle(CALLER, &[id(number)]);
-        }
-        assert_eq!((answers.entries.len(), answers.bytes), (0, 0));
-        assert!(answers.ended.len() <= 128 && answers.working.is_empty());
-    }
+    let what = format!("the outcome takes {} bytes, and a message at most {MAX_MESSAGE_BYTES}", words.len());
+    let failure = Failure::new(FailureKind::Invalid, what, "ask for less at once");
+    encode(&Message::Answer { id, outcome: Outcome::Failed(failure) })
 }

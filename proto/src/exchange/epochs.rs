@@ -1,75 +1,188 @@
-//! The epochs under which sessions with this instance can be begun, and every initiation that was accepted under them.
+//! Our epochs: which first messages may still be taken, and which were.
 //!
-//! A repeated initiation is either remembered or under an epoch that is no longer accepted: refused with bounded memory
-//! and no clock that two sides would have to agree on. Bounds: [`MEMORY`] initiations for each of two epochs.
+//! In: ephemeral keys of first messages that verified, instances that went for good. Out: whether a first message is new.
+//! The current and the previous epoch count; each remembers what was taken under it until it counts no more. So whatever
+//! is forgotten could not be brought back: a first message under a forgotten epoch does not verify.
+//! Bounds: [`MAX_REMEMBERED`] first messages for each epoch; a new epoch at three quarters of that, or at its age.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     time::{Duration, Instant},
 };
 
 use rand_core::CryptoRng;
 
+use super::Address;
 use crate::presence::Epoch;
 
-/// Initiations that are remembered of one epoch: 32 bytes each. A room of 1,000 that all join at once fits many times.
-pub(super) const MEMORY: usize = 8192;
+/// Most first messages remembered for one epoch; further ones are dropped, and their senders come back under the new epoch,
+/// which is made before it comes to that. 32 bytes each: 256 KiB.
+pub const MAX_REMEMBERED: usize = 8_192;
 
-/// Age after which a new epoch is made.
-const MAX_AGE: Duration = Duration::from_secs(3600);
+/// Least age of an epoch that is replaced because of its age: what a relay held back can be delivered for two epochs.
+const MIN_AGE: Duration = Duration::from_secs(3600);
 
-type Ephemeral = [u8; 32];
+/// The epoch's age is drawn from [`MIN_AGE`] to as much more, so that a room does not publish all its epochs at once.
+const AGE_JITTER_MS: u64 = 3600 * 1000;
 
-/// The current epoch and the one before.
+/// The current and the previous epoch.
 pub(super) struct Epochs {
-    current: (Epoch, BTreeSet<Ephemeral>),
-    previous: Option<(Epoch, BTreeSet<Ephemeral>)>,
-    made: Instant,
+    current: Generation,
+    previous: Option<Generation>,
+}
+
+struct Generation {
+    epoch: Epoch,
+    seen: BTreeSet<[u8; 32]>,
+    /// Instances that were forgotten while this was current, and one above the highest number of their asks.
+    departed: BTreeMap<Address, u64>,
+}
+
+/// Why a first message is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum NotNew {
+    Repeated,
+    Full,
 }
 
 impl Epochs {
-    pub(super) fn new(rng: &mut impl CryptoRng, now: Instant) -> Self {
-        Self { current: (random(rng), BTreeSet::new()), previous: None, made: now }
+    pub(super) fn new(rng: &mut impl CryptoRng) -> Self {
+        Self { current: Generation::new(rng), previous: None }
     }
 
-    /// The epoch that others are told.
     pub(super) fn current(&self) -> Epoch {
-        self.current.0
+        self.current.epoch
     }
 
-    /// The epochs under which an initiation may come, the likelier first.
+    /// The epochs that count, the likelier first.
     pub(super) fn accepted(&self) -> impl Iterator<Item = Epoch> + use<> {
-        [Some(self.current.0), self.previous.as_ref().map(|(epoch, _)| *epoch)].into_iter().flatten()
+        [Some(self.current.epoch), self.previous.as_ref().map(|previous| previous.epoch)].into_iter().flatten()
     }
 
-    /// Takes an initiation that verified under this epoch; false if it came before, or nothing more can be remembered.
-    pub(super) fn take(&mut self, epoch: Epoch, ephemeral: Ephemeral) -> bool {
-        let previous = self.previous.as_mut().filter(|(previous, _)| *previous == epoch);
-        let (_, seen) = previous.unwrap_or(&mut self.current);
-        seen.len() < MEMORY && seen.insert(ephemeral)
+    pub(super) fn accepts(&self, epoch: Epoch) -> bool {
+        self.accepted().any(|accepted| accepted == epoch)
     }
 
-    /// When a new epoch is due by age.
-    pub(super) fn due(&self) -> Instant {
-        self.made + MAX_AGE
+    /// Takes the ephemeral key of a first message that verified under this epoch, once.
+    pub(super) fn take(&mut self, epoch: Epoch, ephemeral: &[u8; 32]) -> Result<(), NotNew> {
+        let generation = if epoch == self.current.epoch { Some(&mut self.current) } else { self.previous.as_mut() };
+        let generation = generation.filter(|generation| generation.epoch == epoch).ok_or(NotNew::Repeated)?;
+        if generation.seen.contains(ephemeral) {
+            return Err(NotNew::Repeated);
+        }
+        if generation.seen.len() >= MAX_REMEMBERED {
+            return Err(NotNew::Full);
+        }
+        generation.seen.insert(*ephemeral);
+        Ok(())
     }
 
-    /// Whether a new epoch is due, by age or because the memory fills.
-    pub(super) fn is_due(&self, now: Instant) -> bool {
-        now >= self.due() || self.current.1.len() >= MEMORY / 4 * 3
+    /// An instance whose asks were taken is forgotten, but for the end of their numbers.
+    pub(super) fn depart(&mut self, address: Address, end: u64) {
+        self.current.departed.insert(address, end);
     }
 
-    /// Makes a new epoch; the one before the last is no longer accepted.
-    pub(super) fn renew(&mut self, rng: &mut impl CryptoRng, now: Instant) -> Epoch {
-        let last = std::mem::replace(&mut self.current, (random(rng), BTreeSet::new()));
-        self.previous = Some(last);
-        self.made = now;
-        self.current.0
+    /// The end of the numbers of an instance that comes back; 0 if it never asked, or nothing it sent then still counts.
+    pub(super) fn return_of(&mut self, address: Address) -> u64 {
+        let in_current = self.current.departed.remove(&address);
+        let in_previous = self.previous.as_mut().and_then(|previous| previous.departed.remove(&address));
+        in_current.max(in_previous).unwrap_or(0)
+    }
+
+    /// Whether it is time for a new epoch, whatever the age of this one.
+    pub(super) fn is_filling(&self) -> bool {
+        self.current.seen.len().max(self.current.departed.len()) >= MAX_REMEMBERED / 4 * 3
+    }
+
+    pub(super) fn rotate(&mut self, rng: &mut impl CryptoRng) {
+        self.previous = Some(std::mem::replace(&mut self.current, Generation::new(rng)));
     }
 }
 
-fn random(rng: &mut impl CryptoRng) -> Epoch {
-    let mut bytes = [0; 16];
-    rng.fill_bytes(&mut bytes);
-    Epoch(bytes)
+impl Generation {
+    fn new(rng: &mut impl CryptoRng) -> Self {
+        let mut epoch = Epoch([0; 16]);
+        rng.fill_bytes(&mut epoch.0);
+        Self { epoch, seen: BTreeSet::new(), departed: BTreeMap::new() }
+    }
+}
+
+/// When an epoch that begins now is replaced.
+pub(super) fn end_of_age(now: Instant, rng: &mut impl CryptoRng) -> Instant {
+    now + MIN_AGE + Duration::from_millis(rng.next_u64() % AGE_JITTER_MS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use rand_core::{TryCryptoRng, TryRng};
+
+    use super::*;
+    use crate::id::{InstanceId, PeerId};
+
+    const ADDRESS: Address = Address { peer: PeerId::from_bytes([1; 32]), instance: InstanceId::from_bytes([2; 16]) };
+
+    #[test]
+    fn a_first_message_is_taken_once_until_its_epoch_counts_no_more() {
+        let mut epochs = Epochs::new(&mut Counting(0));
+        let born = epochs.current();
+        assert_eq!(epochs.take(born, &[7; 32]), Ok(()));
+        assert_eq!(epochs.take(born, &[7; 32]), Err(NotNew::Repeated));
+        epochs.rotate(&mut Counting(1));
+        assert_eq!(epochs.take(born, &[7; 32]), Err(NotNew::Repeated));
+        assert_eq!(epochs.take(born, &[8; 32]), Ok(()));
+        epochs.rotate(&mut Counting(2));
+        assert!(!epochs.accepts(born));
+        assert_eq!(epochs.take(born, &[9; 32]), Err(NotNew::Repeated));
+    }
+
+    #[test]
+    fn an_epoch_fills_up_and_takes_no_more_than_it_remembers() {
+        let mut epochs = Epochs::new(&mut Counting(0));
+        let born = epochs.current();
+        let key = |number: usize| *blake3::hash(&number.to_be_bytes()).as_bytes();
+        for number in 0..MAX_REMEMBERED {
+            assert_eq!(epochs.is_filling(), number >= MAX_REMEMBERED / 4 * 3);
+            assert_eq!(epochs.take(born, &key(number)), Ok(()));
+        }
+        assert_eq!(epochs.take(born, &key(MAX_REMEMBERED)), Err(NotNew::Full));
+        epochs.rotate(&mut Counting(1));
+        assert!(!epochs.is_filling());
+        assert_eq!(epochs.take(epochs.current(), &key(MAX_REMEMBERED)), Ok(()));
+    }
+
+    #[test]
+    fn who_departed_is_remembered_for_two_epochs() {
+        let mut epochs = Epochs::new(&mut Counting(0));
+        epochs.depart(ADDRESS, 9);
+        epochs.rotate(&mut Counting(1));
+        assert_eq!(epochs.return_of(ADDRESS), 9);
+        epochs.depart(ADDRESS, 10);
+        epochs.rotate(&mut Counting(2));
+        epochs.rotate(&mut Counting(3));
+        assert_eq!(epochs.return_of(ADDRESS), 0);
+    }
+
+    /// Other bytes for each number.
+    struct Counting(u8);
+
+    impl TryRng for Counting {
+        type Error = Infallible;
+
+        fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+            Ok(self.0.into())
+        }
+
+        fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+            Ok(self.0.into())
+        }
+
+        fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
+            bytes.fill(self.0);
+            Ok(())
+        }
+    }
+
+    impl TryCryptoRng for Counting {}
 }

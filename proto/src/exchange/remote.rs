@@ -1,134 +1,106 @@
-//! One other instance: where it is, and the sessions with it.
+//! What is kept of one other instance: where it is, our asks of it, its asks of us, and the sessions for both.
 
 use std::{
-    collections::VecDeque,
+    collections::BTreeMap,
     time::{Duration, Instant},
 };
 
-use super::Address;
+use super::{Address, answers::Caller};
 use crate::{
-    id::{InstanceId, RequestId, Slot},
+    id::{RequestId, Slot},
     presence::Epoch,
-    sealed::{OpenKey, SOFT_AGE, SealKey, noise::Initiator},
 };
 
-/// Handshakes with one instance that wait for an answer; an older one is given up for a newer.
-pub(super) const MAX_PENDING: usize = 4;
-
-/// Sessions that one instance may have begun; an older one is given up for a newer.
-pub(super) const MAX_INCOMING: usize = 3;
-
-/// Ids that are settled with one message.
-const MAX_SETTLED: usize = 64;
-
-/// Sessions that one instance may begin at once.
-const BURST: u32 = 16;
-
-/// Time in which one more may be begun.
-const REFILL: Duration = Duration::from_millis(250);
-
-/// Another instance.
+/// One other instance.
 pub(super) struct Remote {
     pub(super) address: Address,
-    /// Where the relay has it, while it is in the room.
+    /// Where the relay says it is.
     pub(super) slot: Option<Slot>,
+    /// Under which sessions with it are begun.
     pub(super) epoch: Epoch,
-    /// The session that our asks go by.
-    pub(super) outgoing: Option<u32>,
-    /// The session before, which still brings answers.
-    pub(super) outgoing_before: Option<u32>,
-    /// Handshakes that wait for an answer, the newest last.
-    pub(super) pending: VecDeque<u32>,
-    /// Asks that wait for a session.
-    pub(super) waiting: Vec<RequestId>,
-    /// Sessions that it began, the newest last.
-    pub(super) incoming: VecDeque<u32>,
-    settled: Vec<RequestId>,
-    budget: Budget,
+    /// It stayed out of the room for long.
+    pub(super) is_forsaken: bool,
+    /// Our asks under way, by number.
+    pub(super) outstanding: BTreeMap<u64, RequestId>,
+    pub(super) next_number: u64,
+    /// Sessions that we are opening, the newest last.
+    pub(super) openings: Vec<u32>,
+    /// How many were begun since one was last established.
+    pub(super) begun: u32,
+    /// Sessions that we opened, the newest last.
+    pub(super) opened: Vec<u32>,
+    /// Sessions that it opened, the newest last.
+    pub(super) accepted: Vec<u32>,
+    /// Sessions that it may yet open.
+    pub(super) budget: Budget,
+    /// Its asks.
+    pub(super) caller: Caller,
 }
 
 impl Remote {
-    pub(super) fn new(address: Address, slot: Slot, epoch: Epoch, now: Instant) -> Self {
+    pub(super) fn new(address: Address, epoch: Epoch, next_number: u64, seen_below: u64) -> Self {
         Self {
             address,
-            slot: Some(slot),
+            slot: None,
             epoch,
-            outgoing: None,
-            outgoing_before: None,
-            pending: VecDeque::new(),
-            waiting: Vec::new(),
-            incoming: VecDeque::new(),
-            settled: Vec::new(),
-            budget: Budget { left: BURST, since: now },
+            is_forsaken: false,
+            outstanding: BTreeMap::new(),
+            next_number,
+            openings: Vec::new(),
+            begun: 0,
+            opened: Vec::new(),
+            accepted: Vec::new(),
+            budget: Budget::default(),
+            caller: Caller::new(seen_below),
         }
     }
 
-    /// Whether it may begin one more session now.
-    pub(super) fn may_begin(&mut self, now: Instant) -> bool {
-        self.budget.take(now)
-    }
-
-    /// The answer of an ask that was sent once has arrived: the next message says so.
-    pub(super) fn settle(&mut self, id: RequestId) {
-        if self.settled.len() < MAX_SETTLED {
-            self.settled.push(id);
-        }
-    }
-
-    /// The ids that the next message settles. Lost with that message, they are forgotten by age instead.
-    pub(super) fn take_settled(&mut self) -> Vec<RequestId> {
-        std::mem::take(&mut self.settled)
+    /// The number below which none of our asks is under way.
+    pub(super) fn settled(&self) -> u64 {
+        self.outstanding.first_key_value().map_or(self.next_number, |(number, _)| *number)
     }
 }
 
-/// Who began a session.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
-    Initiator,
-    Responder,
-}
-
-/// An established session.
-pub(super) struct Session {
-    pub(super) remote: InstanceId,
-    pub(super) role: Role,
-    pub(super) seal: SealKey,
-    pub(super) open: OpenKey,
-    pub(super) since: Instant,
-    /// When it brought anything last.
-    pub(super) heard: Instant,
-}
-
-impl Session {
-    /// Whether the initiator should begin a new one.
-    pub(super) fn is_worn(&self, now: Instant) -> bool {
-        self.seal.is_worn() || now >= self.since + SOFT_AGE
-    }
-}
-
-/// A handshake that waits for its answer.
-pub(super) struct Pending {
-    pub(super) remote: InstanceId,
-    pub(super) initiator: Initiator,
-    pub(super) since: Instant,
-}
-
-/// A token bucket: what a hostile member can make us compute is bounded.
-struct Budget {
-    left: u32,
-    since: Instant,
+/// First messages that one instance may send: each costs us four key agreements.
+#[derive(Debug, Default)]
+pub(super) struct Budget {
+    /// Used up, less what time has given back since `at`.
+    used: u32,
+    at: Option<Instant>,
 }
 
 impl Budget {
-    fn take(&mut self, now: Instant) -> bool {
-        let refills = now.saturating_duration_since(self.since).as_millis() / REFILL.as_millis();
-        let refills = u32::try_from(refills).unwrap_or(u32::MAX);
-        if refills > 0 {
-            self.left = self.left.saturating_add(refills).min(BURST);
-            self.since = now;
-        }
-        let taken = self.left.checked_sub(1);
-        self.left = taken.unwrap_or(0);
-        taken.is_some()
+    /// At once. An asker whose messages all get lost begins about five sessions in [`crate::limits::ASK_CONNECT_DEADLINE`].
+    const MOST: u32 = 16;
+
+    /// One more in this time: more often than repeats that are answered by nobody for long.
+    const REFILL: Duration = Duration::from_secs(2);
+
+    pub(super) fn take(&mut self, now: Instant) -> bool {
+        let at = *self.at.get_or_insert(now);
+        let back = now.saturating_duration_since(at).as_millis() / Self::REFILL.as_millis();
+        let back = u32::try_from(back).unwrap_or(u32::MAX);
+        self.used = self.used.saturating_sub(back);
+        self.at = Some(if self.used == 0 { now } else { at + Self::REFILL * back });
+        let is_left = self.used < Self::MOST;
+        self.used += u32::from(is_left);
+        is_left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "an instant can only be had from the clock")]
+    fn a_budget_is_used_up_and_comes_back() {
+        let (mut budget, start) = (Budget::default(), Instant::now());
+        assert_eq!((0..100).filter(|_| budget.take(start)).count(), Budget::MOST as usize);
+        assert!(!budget.take(start + Budget::REFILL / 2));
+        assert!(budget.take(start + Budget::REFILL));
+        assert!(!budget.take(start + Budget::REFILL));
+        let later = start + Duration::from_secs(3600);
+        assert_eq!((0..100).filter(|_| budget.take(later)).count(), Budget::MOST as usize);
     }
 }

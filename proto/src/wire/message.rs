@@ -4,10 +4,23 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::encode;
 use crate::{
     id::RequestId,
+    presence::Epoch,
     request::{Outcome, Request},
 };
+
+/// What lets a host take an ask at most once with bounded memory, whatever the relay holds back: see [`crate::exchange`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Numbering {
+    /// Grows with every ask of this asker to this host, and stays the same when the ask is repeated.
+    pub number: u64,
+    /// The asker no longer waits for any ask below this number.
+    pub settled: u64,
+    /// The host's epoch when the ask was first sent: under none but this and the next does the host take it.
+    pub born: Epoch,
+}
 
 /// The plaintext of one sealed message. Append-only.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,8 +29,8 @@ pub enum Message {
     Ask {
         /// Chosen by the asking side.
         id: RequestId,
-        /// Earlier ids that the asking side has its answers of and has sent only once: they may be forgotten.
-        settled: Vec<RequestId>,
+        /// Where it stands among the asker's asks.
+        numbering: Numbering,
         /// What to do.
         request: Request,
     },
@@ -25,6 +38,8 @@ pub enum Message {
     AskShared {
         /// Chosen by the asking side, another one for each recipient.
         id: RequestId,
+        /// Where it stands among the asker's asks.
+        numbering: Numbering,
         /// AES-256-GCM key of the shared part, used for it alone.
         key: [u8; 32],
         /// BLAKE3 hash of the sealed shared part: the relay cannot pair this share with another.
@@ -47,6 +62,20 @@ pub enum Message {
         /// The request.
         id: RequestId,
     },
+    /// How does a request stand that was accepted? Answered with `Accepted`, `Answer` or `Forgotten`.
+    Poll {
+        /// The request.
+        id: RequestId,
+        /// Its number.
+        number: u64,
+        /// The asker no longer waits for any ask below this number.
+        settled: u64,
+    },
+    /// Nothing is known of the request here (any more), and it will not be taken.
+    Forgotten {
+        /// The request.
+        id: RequestId,
+    },
 }
 
 /// The first frame of every stream of a link. Append-only.
@@ -65,16 +94,26 @@ pub enum StreamHead {
 
 impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Ask { id, request, .. } => {
-                f.debug_struct("Ask").field("id", id).field("request", request).finish_non_exhaustive()
-            }
-            Self::AskShared { id, .. } => f.debug_struct("AskShared").field("id", id).finish_non_exhaustive(),
-            Self::Accepted { id } => f.debug_struct("Accepted").field("id", id).finish(),
-            Self::Answer { id, outcome } => f.debug_struct("Answer").field("id", id).field("outcome", outcome).finish(),
-            Self::Busy { id } => f.debug_struct("Busy").field("id", id).finish(),
-        }
+        let (name, id) = match self {
+            Self::Ask { id, .. } => ("Ask", id),
+            Self::AskShared { id, .. } => ("AskShared", id),
+            Self::Accepted { id } => ("Accepted", id),
+            Self::Answer { id, .. } => ("Answer", id),
+            Self::Busy { id } => ("Busy", id),
+            Self::Poll { id, .. } => ("Poll", id),
+            Self::Forgotten { id } => ("Forgotten", id),
+        };
+        f.debug_struct(name).field("id", id).finish_non_exhaustive()
     }
+}
+
+/// Encodes a [`Message::Ask`] whose request was encoded before: a request to many is encoded once.
+pub fn encode_ask(id: RequestId, numbering: &Numbering, request: &[u8]) -> Vec<u8> {
+    /// Index of [`Message::Ask`].
+    const ASK: u32 = 0;
+    let mut words = encode(&(ASK, id, numbering));
+    words.extend(request);
+    words
 }
 
 #[cfg(test)]
@@ -83,7 +122,16 @@ mod tests {
 
     #[test]
     fn debug_shows_no_key() {
-        let message = Message::AskShared { id: RequestId::from_bytes([1; 16]), key: [0xA7; 32], digest: [2; 32] };
-        assert!(!format!("{message:?}").contains("167"));
+        let numbering = Numbering { number: 0, settled: 0, born: Epoch([9; 16]) };
+        let id = RequestId::from_bytes([1; 16]);
+        let message = Message::AskShared { id, numbering, key: [0xA7; 32], digest: [2; 32] };
+        assert_eq!(format!("{message:?}"), format!("AskShared {{ id: {id:?}, .. }}"));
+    }
+
+    #[test]
+    fn an_ask_in_two_parts_is_the_ask_in_one() {
+        let (id, request) = (RequestId::from_bytes([7; 16]), Request::Jobs);
+        let numbering = Numbering { number: 300, settled: 2, born: Epoch([9; 16]) };
+        assert_eq!(encode_ask(id, &numbering, &encode(&request)), encode(&Message::Ask { id, numbering, request }));
     }
 }
