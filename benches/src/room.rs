@@ -14,9 +14,6 @@ use tempfile::TempDir;
 /// How long a process of ours may take until it is ready.
 const READY_DEADLINE: Duration = Duration::from_secs(20);
 
-/// The token of benches: chosen at random once; rooms are on loopback and live for seconds.
-const TOKEN: &str = "bench-room-of-seconds-on-loopback-31415926";
-
 /// A child process that is ended when dropped.
 pub struct Process(Child);
 
@@ -70,6 +67,8 @@ pub struct Room {
     pub addr: SocketAddr,
     /// The peers, in the order in which they were started.
     pub peers: Vec<Process>,
+    /// Generated, so that no peer stretches it: that takes 64 MiB for a moment.
+    token: String,
 }
 
 impl Room {
@@ -82,7 +81,8 @@ impl Room {
         // The port is free again as soon as the listener is dropped; nobody else here picks ports.
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let relay = Process::start(Command::new(binary("relay")?).args(["--bind", &addr.to_string()]))?;
-        let room = Self { folder, relay, addr, peers: Vec::new() };
+        let token = String::from_utf8(Command::new(binary("peer")?).args(["token", "new"]).output()?.stdout)?;
+        let room = Self { folder, relay, addr, peers: Vec::new(), token: token.trim().to_owned() };
         wait_until("the relay listens", || std::net::TcpStream::connect(addr).is_ok())?;
         Ok(room)
     }
@@ -124,7 +124,7 @@ impl Room {
         command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.env("HOME", &home);
         command.env("PEER_STATE_DIR", home.join("state"));
-        command.env("PEER_TOKEN", TOKEN);
+        command.env("PEER_TOKEN", &self.token);
         command.env("PEER_ROOM", "bench");
         command.env("PEER_RELAY", format!("ws://{}", self.addr));
         Ok(command)

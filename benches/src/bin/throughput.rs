@@ -90,9 +90,6 @@ fn measure(bytes: u64, pairs: usize) -> Result<()> {
     write_random(&room.path("file"), bytes)?;
     let floors = Floors::prepare(&room)?;
     let processes = [("relay", room.relay.pid()), ("left", room.peers[0].pid()), ("right", room.peers[1].pid())];
-    for (_, pid) in processes {
-        forget_peak(pid)?;
-    }
     for (path, bound) in [("direct", "≥ 0.6"), ("relayed", "≥ 0.4")] {
         let (mut floor, mut ours) = (Vec::new(), Vec::new());
         for _ in 0..pairs {
@@ -107,11 +104,6 @@ fn measure(bytes: u64, pairs: usize) -> Result<()> {
         report_absolute(&format!("peak resident memory of {name}"), "MiB", peak as f64 / 1048576.0, "< 64");
     }
     Ok(())
-}
-
-/// Has the system measure a process's highest memory anew: deriving keys from a chosen token took 64 MiB for a moment.
-fn forget_peak(pid: u32) -> Result<()> {
-    Ok(std::fs::write(format!("/proc/{pid}/clear_refs"), "5")?)
 }
 
 fn write_random(path: &Path, bytes: u64) -> Result<()> {
