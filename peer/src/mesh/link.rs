@@ -19,6 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use peerfleet_proto::request::link::Route;
 use quinn::{
     AsyncTimer, AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming,
     MtuDiscoveryConfig, Runtime, ServerConfig, TransportConfig, VarInt,
@@ -64,6 +65,10 @@ const INITIAL_MTU: u16 = 1200;
 
 /// Largest packet that is tried, in bytes: Ethernet's 1,500 less IPv6 and UDP.
 const LARGEST_MTU: u16 = 1452;
+
+/// Largest packet of a link that is only ever relayed, where packets are cut for nobody: a batch of ten, which is what
+/// QUIC sends at once, fits a frame. A relay's work is for each frame, a peer's for each packet.
+const LARGEST_RELAYED_MTU: u16 = 6500;
 
 /// Callers that may wait for an answer at once; more are ignored and try again by themselves.
 const MAX_CALLERS: usize = 64;
@@ -306,6 +311,7 @@ fn open(
     let mut endpoint_config = EndpointConfig::default();
     // STUN on the same socket is told from QUIC by the bit that greasing would blur.
     endpoint_config.grease_quic_bit(false);
+    endpoint_config.max_udp_payload_size(LARGEST_RELAYED_MTU).expect("within QUIC's bounds (RFC 9000 §18.2)");
     // Every caller is judged by its own configuration; this one lets in nobody but ourselves.
     let own = AnnouncedKey::read(config.tls.spki()).expect("our own key is an Ed25519 key");
     let endpoint = Endpoint::new_with_abstract_socket(
@@ -348,7 +354,10 @@ fn server_config(tls: &TlsKey, key: &AnnouncedKey) -> ServerConfig {
 
 fn transport(remote: &Remote) -> Arc<TransportConfig> {
     let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(LARGEST_MTU);
+    mtu.upper_bound(match remote.route {
+        Route::Auto => LARGEST_MTU,
+        Route::RelayedOnly => LARGEST_RELAYED_MTU,
+    });
     let mut config = TransportConfig::default();
     config
         .max_idle_timeout(Some(IdleTimeout::try_from(IDLE_TIMEOUT).expect("45 s fit a QUIC varint")))
