@@ -95,6 +95,53 @@ pub enum CandidateKind {
     PeerReflexive,
 }
 
+/// What a side knows of the NAT in front of it (RFC 4787 §4.1), as far as its STUN answers tell.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Nat {
+    /// Whether one local port is seen as one address everywhere.
+    pub mapping: Mapping,
+    /// How the NAT picks the port of a new mapping.
+    pub ports: Ports,
+}
+
+/// Whether one local port is seen as one address everywhere.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Mapping {
+    /// Fewer than two responders answered.
+    #[default]
+    Unknown,
+    /// Every destination sees the same address, or there is no NAT: one probe to it suffices.
+    EndpointIndependent,
+    /// Each destination sees another address: the one that a peer will see cannot be asked for.
+    Dependent,
+}
+
+/// How a NAT picks the port of a new mapping.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Ports {
+    /// Too few answers to tell.
+    #[default]
+    Unknown,
+    /// The local port, while it is free.
+    Preserving,
+    /// The port before, and a constant step.
+    Sequential {
+        /// The port of the newest mapping known.
+        last: u16,
+        /// What is added for the next one; never 0.
+        step: i16,
+    },
+    /// Any of a block of ports that this host was given (RFC 6888 §5, RFC 7422).
+    Block {
+        /// The lowest port of the block.
+        first: u16,
+        /// Its highest.
+        last: u16,
+    },
+    /// Any.
+    Random,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
