@@ -28,7 +28,7 @@ pub mod reflexive;
 pub mod score;
 pub mod transaction;
 
-pub use candidate::{Candidate, CandidateKind, Reach};
+pub use candidate::{Candidate, CandidateKind, Network, Reach};
 pub use check::{CheckKey, Role};
 pub use reflexive::{Reflexive, ReflexiveEvent};
 
@@ -171,6 +171,12 @@ impl Agent {
             changed: false,
             now,
         }
+    }
+
+    /// The networks that our interfaces are in, in place of those before: who is in one of them is near. They count from the
+    /// next [`Agent::set_local`] on; until they are told, they are guessed from the addresses.
+    pub fn set_networks(&mut self, networks: &[Network]) {
+        self.pairs.set_networks(networks);
     }
 
     /// Our own candidates, in place of those before. If they differ, everything is checked anew.

@@ -19,7 +19,7 @@ use peerfleet_proto::{
 };
 
 use super::{
-    interfaces::host_candidates,
+    interfaces::{Interface, host_candidates, interfaces, networks},
     routes::{Remote, Routes},
     socket::FromSocket,
 };
@@ -47,6 +47,7 @@ pub(super) enum PathEvent {
 pub(super) struct Paths {
     socket: Option<(u16, bool)>,
     relay: Vec<SocketAddr>,
+    interfaces: Vec<Interface>,
     hosts: Vec<Candidate>,
     reflexive: Reflexive,
     agents: BTreeMap<SocketAddr, Entry>,
@@ -65,6 +66,7 @@ impl Paths {
         Self {
             socket: None,
             relay: Vec::new(),
+            interfaces: Vec::new(),
             hosts: Vec::new(),
             reflexive: Reflexive::new(random::bytes(), now),
             agents: BTreeMap::new(),
@@ -76,7 +78,8 @@ impl Paths {
     /// There is a socket from now on: its port, and whether it speaks IPv6.
     pub(super) fn open(&mut self, socket: (u16, bool), now: Instant) {
         self.socket = Some(socket);
-        self.hosts = host_candidates(socket.0, socket.1);
+        self.interfaces = interfaces();
+        self.hosts = host_candidates(&self.interfaces, socket.0, socket.1);
         self.reflexive.set_responders(&self.relay, now);
     }
 
@@ -109,6 +112,7 @@ impl Paths {
             self.reflexive.set_active(true, now);
         }
         let mut agent = Agent::new(Config { key, role, seed: random::bytes() }, now);
+        agent.set_networks(&networks(&self.interfaces));
         agent.set_local(self.candidates(), now);
         agent.set_remote(theirs, now);
         self.agents.insert(remote.mapped, Entry { agent, remote });
@@ -161,12 +165,13 @@ impl Paths {
 
     fn look(&mut self, now: Instant) {
         let Some((port, with_ipv6)) = self.socket else { return };
-        let hosts = host_candidates(port, with_ipv6);
-        if hosts == self.hosts {
+        let interfaces = interfaces();
+        if interfaces == self.interfaces {
             return;
         }
         tracing::info!("an interface changed: looking for paths anew");
-        self.hosts = hosts;
+        self.hosts = host_candidates(&interfaces, port, with_ipv6);
+        self.interfaces = interfaces;
         self.reflexive.restart(now);
         for entry in self.agents.values_mut() {
             entry.agent.restart(now);
@@ -175,8 +180,9 @@ impl Paths {
     }
 
     fn tell_candidates(&mut self, now: Instant) {
-        let candidates = self.candidates();
+        let (candidates, networks) = (self.candidates(), networks(&self.interfaces));
         for entry in self.agents.values_mut() {
+            entry.agent.set_networks(&networks);
             entry.agent.set_local(candidates.clone(), now);
         }
         self.events.push_back(PathEvent::Candidates(candidates));

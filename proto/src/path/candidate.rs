@@ -54,19 +54,57 @@ pub fn admit(candidates: &[Candidate]) -> BTreeMap<SocketAddr, CandidateKind> {
     admitted
 }
 
+/// A network that this machine has an interface in: the addresses that share their first bits with ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Network {
+    first: IpAddr,
+    prefix: u8,
+}
+
+impl Network {
+    /// The network of an interface's address; a prefix of more bits than the address has means the address alone.
+    pub fn new(ip: IpAddr, prefix: u8) -> Self {
+        let ip = ip.to_canonical();
+        let prefix = prefix.min(if ip.is_ipv4() { 32 } else { 128 });
+        Self { first: first_of(ip, prefix), prefix }
+    }
+
+    /// As nearly as can be told without a prefix: the usual /24 and /64.
+    fn guessed(ip: IpAddr) -> Self {
+        Self::new(ip, if ip.is_ipv4() { 24 } else { 64 })
+    }
+
+    /// Whether an address is in it.
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        ip.is_ipv4() == self.first.is_ipv4() && first_of(ip, self.prefix) == self.first
+    }
+}
+
+/// The lowest address of the network with this prefix; it has at most as many bits as the address.
+fn first_of(ip: IpAddr, prefix: u8) -> IpAddr {
+    match ip {
+        IpAddr::V4(ip) => IpAddr::V4((u32::from(ip) & !u32::MAX.checked_shr(prefix.into()).unwrap_or(0)).into()),
+        IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) & !u128::MAX.checked_shr(prefix.into()).unwrap_or(0)).into()),
+    }
+}
+
 /// Our own side: what can be reached from here, and how near it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Local {
     addrs: BTreeMap<SocketAddr, CandidateKind>,
-    networks: BTreeSet<IpAddr>,
+    networks: BTreeSet<Network>,
 }
 
 impl Local {
-    /// Our side with these candidates.
-    pub fn new(candidates: &[Candidate]) -> Self {
+    /// Our side with these candidates, in these networks; without any, they are guessed from the candidates.
+    pub fn new(candidates: &[Candidate], networks: &[Network]) -> Self {
         let addrs = admit(candidates);
         let own = addrs.iter().filter(|(addr, kind)| **kind == CandidateKind::Host && !addr.ip().is_loopback());
-        let networks = own.map(|(addr, _)| network(addr.ip())).collect();
+        let networks = match networks {
+            [] => own.map(|(addr, _)| Network::guessed(addr.ip())).collect(),
+            known => known.iter().copied().take(MAX_CANDIDATES).collect(),
+        };
         Self { addrs, networks }
     }
 
@@ -82,19 +120,11 @@ impl Local {
     pub fn reach(&self, remote: SocketAddr) -> Reach {
         if remote.ip().is_loopback() {
             Reach::Loopback
-        } else if self.networks.contains(&network(remote.ip())) {
+        } else if self.networks.iter().any(|network| network.contains(remote.ip())) {
             Reach::Lan
         } else {
             Reach::Wide
         }
-    }
-}
-
-/// The network of an address, as nearly as can be told without its prefix: the usual /24 and /64.
-fn network(ip: IpAddr) -> IpAddr {
-    match ip {
-        IpAddr::V4(ip) => IpAddr::V4((u32::from(ip) & 0xFFFF_FF00).into()),
-        IpAddr::V6(ip) => IpAddr::V6((u128::from(ip) & !u128::from(u64::MAX)).into()),
     }
 }
 
@@ -144,26 +174,48 @@ mod tests {
     #[test]
     fn loopback_is_reached_from_loopback_alone() {
         let remote = "127.0.0.1:9".parse().unwrap();
-        assert!(!Local::new(&[host("192.0.2.1:7")]).can_reach(remote));
-        assert!(Local::new(&[host("127.0.0.1:7")]).can_reach(remote));
-        assert!(!Local::new(&[host("127.0.0.1:7")]).can_reach("192.0.2.2:9".parse().unwrap()));
-        assert!(!Local::new(&[host("[::1]:7")]).can_reach(remote));
+        assert!(!Local::new(&[host("192.0.2.1:7")], &[]).can_reach(remote));
+        assert!(Local::new(&[host("127.0.0.1:7")], &[]).can_reach(remote));
+        assert!(!Local::new(&[host("127.0.0.1:7")], &[]).can_reach("192.0.2.2:9".parse().unwrap()));
+        assert!(!Local::new(&[host("[::1]:7")], &[]).can_reach(remote));
     }
 
     #[test]
     fn nobody_checks_the_own_address() {
-        let local = Local::new(&[host("192.168.1.4:7")]);
+        let local = Local::new(&[host("192.168.1.4:7")], &[]);
         assert!(!local.can_reach("192.168.1.4:7".parse().unwrap()));
         assert!(local.can_reach("192.168.1.4:8".parse().unwrap()));
     }
 
     #[test]
     fn a_neighbour_is_nearer_than_the_rest_of_the_world() {
-        let local = Local::new(&[host("192.168.1.4:7"), host("[2001:db8:1:2::4]:7"), host("127.0.0.1:7")]);
+        let local = Local::new(&[host("192.168.1.4:7"), host("[2001:db8:1:2::4]:7"), host("127.0.0.1:7")], &[]);
         assert_eq!(local.reach("127.0.0.1:9".parse().unwrap()), Reach::Loopback);
         assert_eq!(local.reach("192.168.1.9:9".parse().unwrap()), Reach::Lan);
         assert_eq!(local.reach("[2001:db8:1:2::9]:9".parse().unwrap()), Reach::Lan);
         assert_eq!(local.reach("192.168.2.9:9".parse().unwrap()), Reach::Wide);
         assert!(Reach::Loopback < Reach::Lan && Reach::Lan < Reach::Wide);
+    }
+
+    #[test]
+    fn a_known_network_is_as_large_as_its_prefix_says() {
+        let ours = [Network::new("192.168.5.4".parse().unwrap(), 22)];
+        let local = Local::new(&[host("192.168.5.4:7"), host("10.8.0.2:7")], &ours);
+        assert_eq!(local.reach("192.168.7.9:9".parse().unwrap()), Reach::Lan);
+        assert_eq!(local.reach("192.168.8.9:9".parse().unwrap()), Reach::Wide);
+        assert_eq!(local.reach("10.8.0.3:9".parse().unwrap()), Reach::Wide, "nobody named that network");
+    }
+
+    #[test]
+    fn every_prefix_holds_its_own_address_and_the_longest_no_other() {
+        for prefix in 0..=u8::MAX {
+            for (ip, other) in [("192.0.2.7", "192.0.2.6"), ("2001:db8::7", "2001:db8::6")] {
+                let network = Network::new(ip.parse().unwrap(), prefix);
+                assert!(network.contains(ip.parse().unwrap()), "{ip}/{prefix}");
+                let longest = prefix >= if ip.contains(':') { 128 } else { 32 };
+                assert_eq!(network.contains(other.parse().unwrap()), !longest, "{other} in {ip}/{prefix}");
+            }
+        }
+        assert!(!Network::new("0.0.0.0".parse().unwrap(), 0).contains("2001:db8::7".parse().unwrap()));
     }
 }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use super::{
-    candidate::{self, Candidate, CandidateKind, Local, Reach},
+    candidate::{self, Candidate, CandidateKind, Local, Network, Reach},
     check::{Ledger, Plan},
     score::Score,
 };
@@ -66,6 +66,7 @@ impl Pair {
 /// All pairs of one agent.
 #[derive(Debug, Default)]
 pub(super) struct Pairs {
+    networks: Vec<Network>,
     local: Local,
     remote: BTreeMap<SocketAddr, CandidateKind>,
     pairs: BTreeMap<SocketAddr, Pair>,
@@ -73,9 +74,14 @@ pub(super) struct Pairs {
 }
 
 impl Pairs {
+    /// The networks that our interfaces are in; they count from the next [`Pairs::set_local`] on.
+    pub(super) fn set_networks(&mut self, networks: &[Network]) {
+        self.networks = networks.to_vec();
+    }
+
     /// Our own candidates; says whether they are others than before. `current` is the path taken.
     pub(super) fn set_local(&mut self, candidates: &[Candidate], current: Option<SocketAddr>, now: Instant) -> bool {
-        let local = Local::new(candidates);
+        let local = Local::new(candidates, &self.networks);
         let differs = local != self.local;
         self.local = local;
         self.rebuild(current, now);
