@@ -339,6 +339,7 @@ golden! { kinds_of_candidate: CandidateKind {
     CandidateKind::Host => CandidateKind::Host, "00";
     CandidateKind::ServerReflexive => CandidateKind::ServerReflexive, "01";
     CandidateKind::PeerReflexive => CandidateKind::PeerReflexive, "02";
+    CandidateKind::Mapped => CandidateKind::Mapped, "03";
 }}
 
 golden! { wishes_for_a_path: PathWish {

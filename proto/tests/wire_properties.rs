@@ -655,7 +655,12 @@ fn file() -> impl Strategy<Value = FileInfo> {
 }
 
 fn candidates() -> impl Strategy<Value = Vec<Candidate>> {
-    let kind = one_of(&[CandidateKind::Host, CandidateKind::ServerReflexive, CandidateKind::PeerReflexive]);
+    let kind = one_of(&[
+        CandidateKind::Host,
+        CandidateKind::ServerReflexive,
+        CandidateKind::PeerReflexive,
+        CandidateKind::Mapped,
+    ]);
     vec((kind, address()).prop_map(|(kind, addr)| Candidate { kind, addr }), 0..4)
 }
 

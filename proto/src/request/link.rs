@@ -84,8 +84,9 @@ pub struct Candidate {
     pub addr: SocketAddr,
 }
 
-/// How an address is known; the order is the preference among otherwise equal paths.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// How an address is known; the order, which is not that of the numbers on the wire, is the preference among otherwise
+/// equal paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum CandidateKind {
     /// An interface of the host has it.
     Host,
@@ -93,6 +94,33 @@ pub enum CandidateKind {
     ServerReflexive,
     /// An authenticated check came from it.
     PeerReflexive,
+    /// The router in front of the host forwards it there, because it was asked to (PCP, NAT-PMP or UPnP).
+    Mapped,
+}
+
+impl CandidateKind {
+    /// Place in the order of preference, the best first: an own address needs nobody's memory, a mapping was promised for
+    /// a time, and what a responder or a peer saw lasts as long as packets keep it open.
+    pub fn rank(self) -> u8 {
+        match self {
+            Self::Host => 0,
+            Self::Mapped => 1,
+            Self::ServerReflexive => 2,
+            Self::PeerReflexive => 3,
+        }
+    }
+}
+
+impl Ord for CandidateKind {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.rank().cmp(&other.rank())
+    }
+}
+
+impl PartialOrd for CandidateKind {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
 }
 
 /// What a side knows of the NAT in front of it (RFC 4787 §4.1), as far as its STUN answers tell.
@@ -152,6 +180,14 @@ mod tests {
         let answer = LinkAnswer { tls_key: tls_key.clone(), check_share, candidates: candidates.clone() };
         let offer = LinkOffer { route: Route::Auto, tls_key, check_share, candidates };
         assert!(!format!("{offer:?} {answer:?}").contains("167"));
+    }
+
+    #[test]
+    fn a_mapping_is_preferred_to_what_was_only_seen() {
+        use CandidateKind::{Host, Mapped, PeerReflexive, ServerReflexive};
+        let mut kinds = [PeerReflexive, ServerReflexive, Mapped, Host];
+        kinds.sort_unstable();
+        assert_eq!(kinds, [Host, Mapped, ServerReflexive, PeerReflexive]);
     }
 
     #[test]
