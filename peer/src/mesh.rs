@@ -32,6 +32,7 @@ mod dial;
 mod heads;
 mod interfaces;
 mod link;
+mod mtu;
 mod path;
 mod queue;
 mod roster;

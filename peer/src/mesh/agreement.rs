@@ -72,6 +72,14 @@ pub(super) struct Agreed {
     pub(super) role: Role,
 }
 
+/// What this side knows of its own place when a link is offered to it.
+pub(super) struct Here {
+    /// Where it might be reached.
+    pub(super) candidates: Vec<Candidate>,
+    /// Largest packet that a direct path between both sides may take, in bytes.
+    pub(super) plausible_mtu: u16,
+}
+
 /// All links of one instance.
 pub(super) struct Book {
     me: Caller,
@@ -205,7 +213,7 @@ impl Book {
         caller: Caller,
         slot: Option<Slot>,
         offer: &LinkOffer,
-        candidates: Vec<Candidate>,
+        here: Here,
         now: Instant,
     ) -> Result<(LinkAnswer, Option<Agreed>), NoAgreement> {
         let key = (caller.instance, offer.route);
@@ -218,20 +226,21 @@ impl Book {
             self.replace(key);
         }
         self.entry(key, caller.peer, slot, now);
-        let agreed = self.agree(key, offer.check_share, announced);
+        let agreed = self.agree(key, offer.check_share, announced, here.plausible_mtu);
         let our_share = self.entries.get(&key).map(|entry| entry.our_share).ok_or(NoAgreement::Full)?;
-        let answer = LinkAnswer { tls_key: self.tls.spki().to_vec(), check_share: our_share, candidates };
+        let answer =
+            LinkAnswer { tls_key: self.tls.spki().to_vec(), check_share: our_share, candidates: here.candidates };
         Ok((answer, agreed))
     }
 
     /// The other side answered our offer. An answer to an offer that was replaced since says nothing.
-    pub(super) fn answered(&mut self, key: Key, answer: &LinkAnswer) -> Option<Agreed> {
+    pub(super) fn answered(&mut self, key: Key, answer: &LinkAnswer, plausible_mtu: u16) -> Option<Agreed> {
         let entry = self.entries.get(&key)?;
         if entry.their_share.is_some() {
             return None;
         }
         match AnnouncedKey::read(&answer.tls_key) {
-            Some(announced) => self.agree(key, answer.check_share, announced),
+            Some(announced) => self.agree(key, answer.check_share, announced, plausible_mtu),
             None => {
                 self.fail(key, "the other side announced a key of another kind");
                 None
@@ -408,13 +417,20 @@ impl Book {
     }
 
     /// Both shares and the other side's key are known: dial, or let in.
-    fn agree(&mut self, key: Key, their_share: [u8; 32], announced: AnnouncedKey) -> Option<Agreed> {
+    fn agree(
+        &mut self,
+        key: Key,
+        their_share: [u8; 32],
+        announced: AnnouncedKey,
+        plausible_mtu: u16,
+    ) -> Option<Agreed> {
         let dials = self.dials(key, self.entries.get(&key)?.peer);
         let entry = self.entries.get_mut(&key)?;
         if entry.their_share == Some(their_share) {
             return None;
         }
         entry.their_share = Some(their_share);
+        entry.remote.set_plausible_mtu(plausible_mtu);
         let links = self.links.as_ref()?;
         let (role, check_key) = if dials {
             links.dial(&entry.remote, announced);

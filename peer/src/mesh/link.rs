@@ -19,10 +19,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use peerfleet_proto::request::link::Route;
 use quinn::{
-    AsyncTimer, AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming,
-    MtuDiscoveryConfig, Runtime, ServerConfig, TransportConfig, VarInt,
+    AsyncTimer, AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming, Runtime,
+    ServerConfig, TransportConfig, VarInt,
 };
 use tokio::{
     runtime::Handle,
@@ -32,6 +31,7 @@ use tokio::{
 
 use super::{
     congestion::PathAwareFactory,
+    mtu,
     routes::Remote,
     socket::{FromSocket, MappedSocket, Switch},
     tls::{AnnouncedKey, SERVER_NAME, TlsKey},
@@ -59,16 +59,6 @@ const INITIAL_RTT: Duration = Duration::from_millis(100);
 
 /// Bytes of kicks kept, which nobody reads: see [`kick`].
 const KICK_BUFFER_BYTES: usize = 64;
-
-/// Packet size that every path takes (RFC 9000 §14), in bytes.
-const INITIAL_MTU: u16 = 1200;
-
-/// Largest packet that is tried, in bytes: Ethernet's 1,500 less IPv6 and UDP.
-const LARGEST_MTU: u16 = 1452;
-
-/// Largest packet of a link that is only ever relayed, where packets are cut for nobody: a batch of ten, which is what
-/// QUIC sends at once, fits a frame. A relay's work is for each frame, a peer's for each packet.
-const LARGEST_RELAYED_MTU: u16 = 6500;
 
 /// Callers that may wait for an answer at once; more are ignored and try again by themselves.
 const MAX_CALLERS: usize = 64;
@@ -190,13 +180,14 @@ impl Links {
     }
 
     /// Dials the process that announced `key`.
-    pub(super) fn dial(&self, remote: &Remote, key: AnnouncedKey) {
-        let mut config = ClientConfig::new(self.shared.tls.client_to(&key));
-        config.transport_config(transport(remote));
-        let connecting = self.endpoint.connect_with(config, remote.mapped, SERVER_NAME);
-        let (shared, mapped) = (Arc::clone(&self.shared), remote.mapped);
+    pub(super) fn dial(&self, remote: &Arc<Remote>, key: AnnouncedKey) {
+        let (shared, endpoint, remote) = (Arc::clone(&self.shared), self.endpoint.clone(), Arc::clone(remote));
         self.runtime.spawn(async move {
-            match connecting {
+            mtu::settle(&remote).await;
+            let mapped = remote.mapped;
+            let mut config = ClientConfig::new(shared.tls.client_to(&key));
+            config.transport_config(transport(&remote));
+            match endpoint.connect_with(config, mapped, SERVER_NAME) {
                 Ok(connecting) => shared.see_through(mapped, &key, connecting).await,
                 Err(error) => shared.tell_down(mapped, None, error.to_string()).await,
             }
@@ -265,6 +256,7 @@ impl Shared {
     }
 
     async fn accept(self: Arc<Self>, incoming: Incoming, remote: Arc<Remote>, key: AnnouncedKey) {
+        mtu::settle(&remote).await;
         let mut config = server_config(&self.tls, &key);
         config.transport_config(transport(&remote));
         match incoming.accept_with(Arc::new(config)) {
@@ -311,7 +303,7 @@ fn open(
     let mut endpoint_config = EndpointConfig::default();
     // STUN on the same socket is told from QUIC by the bit that greasing would blur.
     endpoint_config.grease_quic_bit(false);
-    endpoint_config.max_udp_payload_size(LARGEST_RELAYED_MTU).expect("within QUIC's bounds (RFC 9000 §18.2)");
+    endpoint_config.max_udp_payload_size(mtu::LARGEST_RELAYED).expect("within QUIC's bounds (RFC 9000 §18.2)");
     // Every caller is judged by its own configuration; this one lets in nobody but ourselves.
     let own = AnnouncedKey::read(config.tls.spki()).expect("our own key is an Ed25519 key");
     let endpoint = Endpoint::new_with_abstract_socket(
@@ -353,11 +345,6 @@ fn server_config(tls: &TlsKey, key: &AnnouncedKey) -> ServerConfig {
 }
 
 fn transport(remote: &Remote) -> Arc<TransportConfig> {
-    let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(match remote.route {
-        Route::Auto => LARGEST_MTU,
-        Route::RelayedOnly => LARGEST_RELAYED_MTU,
-    });
     let mut config = TransportConfig::default();
     config
         .max_idle_timeout(Some(IdleTimeout::try_from(IDLE_TIMEOUT).expect("45 s fit a QUIC varint")))
@@ -370,8 +357,8 @@ fn transport(remote: &Remote) -> Arc<TransportConfig> {
         .datagram_receive_buffer_size(Some(KICK_BUFFER_BYTES))
         .datagram_send_buffer_size(KICK_BUFFER_BYTES)
         .initial_rtt(INITIAL_RTT)
-        .initial_mtu(INITIAL_MTU)
-        .mtu_discovery_config(Some(mtu))
+        .initial_mtu(mtu::INITIAL)
+        .mtu_discovery_config(Some(mtu::discovery(remote)))
         .congestion_controller_factory(Arc::new(PathAwareFactory::new(Arc::clone(&remote.path_changes))));
     Arc::new(config)
 }

@@ -20,6 +20,7 @@ use peerfleet_proto::{
 
 use super::{
     interfaces::{Interface, host_candidates, interfaces, networks},
+    mtu,
     routes::{Remote, Routes},
     socket::FromSocket,
 };
@@ -100,6 +101,11 @@ impl Paths {
         let mut all: Vec<_> = reflexive.chain(self.hosts.iter().copied()).collect();
         all.truncate(MAX_CANDIDATES);
         all
+    }
+
+    /// Largest packet that a direct path to these candidates may take, in bytes.
+    pub(super) fn plausible_mtu(&self, theirs: &[Candidate]) -> u16 {
+        mtu::plausible(&self.interfaces, theirs)
     }
 
     /// A link was agreed that may travel directly.

@@ -10,7 +10,7 @@ use std::{
     net::{Ipv6Addr, SocketAddr, SocketAddrV6},
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
 };
 
@@ -18,6 +18,9 @@ use peerfleet_proto::{
     id::{InstanceId, Slot},
     request::link::Route,
 };
+use tokio::sync::watch;
+
+use super::mtu;
 
 /// Proved source addresses kept per link, the oldest forgotten first: a host behind a NAT shows one per address family,
 /// and a new one each time its network changes.
@@ -62,7 +65,9 @@ pub(super) struct Remote {
     /// Counts the changes of path, so that congestion control can start anew.
     pub(super) path_changes: Arc<AtomicU64>,
     slot: AtomicU64,
-    direct: RwLock<Option<SocketAddr>>,
+    direct: watch::Sender<Option<SocketAddr>>,
+    was_direct: AtomicBool,
+    plausible_mtu: AtomicU16,
     direct_bytes: AtomicU64,
     relayed_bytes: AtomicU64,
     sent_note_ms: AtomicU64,
@@ -72,16 +77,42 @@ pub(super) struct Remote {
 impl Remote {
     /// Where packets go directly now, if a path is proved.
     pub(super) fn direct(&self) -> Option<SocketAddr> {
-        *self.direct.read().unwrap_or_else(PoisonError::into_inner)
+        *self.direct.borrow()
+    }
+
+    /// Waits until a direct path is proved.
+    pub(super) async fn directly(&self) {
+        let mut direct = self.direct.subscribe();
+        direct.wait_for(Option::is_some).await.expect("the sender lives as long as this borrow");
     }
 
     /// Sends packets this way from now on; `None` is by way of the relay.
     pub(super) fn set_direct(&self, address: Option<SocketAddr>) {
-        let mut direct = self.direct.write().unwrap_or_else(PoisonError::into_inner);
-        if *direct != address {
+        self.was_direct.fetch_or(address.is_some(), Ordering::Relaxed);
+        self.direct.send_if_modified(|direct| {
+            let is_other = *direct != address;
             *direct = address;
-            self.path_changes.fetch_add(1, Ordering::Relaxed);
-        }
+            if is_other {
+                self.path_changes.fetch_add(1, Ordering::Relaxed);
+            }
+            is_other
+        });
+    }
+
+    /// Largest packet that a direct path may take.
+    pub(super) fn plausible_mtu(&self) -> u16 {
+        self.plausible_mtu.load(Ordering::Relaxed)
+    }
+
+    /// A direct path may take packets of this size.
+    pub(super) fn set_plausible_mtu(&self, mtu: u16) {
+        self.plausible_mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    /// Whether a packet of this size may go by way of the relay. Where a direct path may yet come, QUIC shall not find
+    /// that the relay takes more than that path will.
+    pub(super) fn may_relay(&self, packet: usize) -> bool {
+        self.route == Route::RelayedOnly || packet <= mtu::USUAL.into() || self.was_direct.load(Ordering::Relaxed)
     }
 
     /// The relay's number for the other end, while it has one.
@@ -154,7 +185,9 @@ impl Routes {
             route,
             path_changes: Arc::default(),
             slot: AtomicU64::new(NO_SLOT),
-            direct: RwLock::new(None),
+            direct: watch::Sender::new(None),
+            was_direct: AtomicBool::new(false),
+            plausible_mtu: AtomicU16::new(mtu::USUAL),
             direct_bytes: AtomicU64::new(0),
             relayed_bytes: AtomicU64::new(0),
             sent_note_ms: AtomicU64::new(0),

@@ -34,7 +34,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{io::Interest, sync::mpsc};
 
 use super::{
-    Drops,
+    Drops, mtu,
     queue::{DropOldest, Weigh},
     routes::{Remote, Routes, own_mapped_address, plain},
 };
@@ -49,8 +49,12 @@ const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 /// Packets of one batch where UDP does not limit it; QUIC makes no longer ones.
 const RELAYED_BATCH: usize = 10;
 
-/// Packets that one received batch may hold: the most that Linux coalesces (`UDP_MAX_SEGMENTS`).
-const RECEIVED_BATCH: usize = 64;
+/// Packets in one frame, in bytes: as many as in one UDP send.
+const FRAME_BYTES: usize = 65_507;
+
+/// Packets of the largest size that one received batch may hold: QUIC makes room for so many, and that must do for all
+/// that Linux coalesces (65,535 bytes) and for a frame.
+const RECEIVED_BATCH: usize = 65_535_usize.div_ceil(mtu::LARGEST_RELAYED as usize);
 
 /// How often, at most, traffic on the direct path is told to the path machine, in milliseconds.
 const NOTE_INTERVAL_MS: u64 = 50;
@@ -208,10 +212,17 @@ impl MappedSocket {
         Ok(())
     }
 
+    /// Sends a batch as one frame, or as a few where its packets are large.
     fn send_relayed(&self, remote: &Remote, to: Slot, transmit: &Transmit<'_>) {
-        let segment = transmit.segment_size.unwrap_or(transmit.contents.len());
-        let Ok(segment) = u16::try_from(segment) else { return self.switch.count_stray() };
-        self.switch.to_relay.push(relay::datagram(to, remote.route.lane(), segment, transmit.contents));
+        let packet = transmit.segment_size.unwrap_or(transmit.contents.len());
+        let Ok(segment) = u16::try_from(packet) else { return self.switch.count_stray() };
+        if !remote.may_relay(packet) {
+            return;
+        }
+        let whole_packets = (FRAME_BYTES / packet.max(1)).max(1) * packet;
+        for batch in transmit.contents.chunks(whole_packets.max(1)) {
+            self.switch.to_relay.push(relay::datagram(to, remote.route.lane(), segment, batch));
+        }
         remote.count_relayed(transmit.contents.len());
     }
 

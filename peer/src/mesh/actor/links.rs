@@ -13,7 +13,7 @@ use peerfleet_proto::{
 use super::{Actor, unknown_instance};
 use crate::mesh::{
     AskFault, Caller, OpenFault,
-    agreement::{AGREE_DEADLINE, Agreed, Key, Reply},
+    agreement::{AGREE_DEADLINE, Agreed, Here, Key, Reply},
     asks::Waiting,
     heads,
     link::LinkEvent,
@@ -50,9 +50,10 @@ impl Actor {
             return Outcome::Failed(Failure::new(FailureKind::Os, why.to_string(), "its log says more"));
         }
         let slot = self.members.get(caller.instance).and_then(|member| member.slot);
-        let candidates = self.candidates(offer.route);
+        let plausible_mtu = self.paths.plausible_mtu(&offer.candidates);
+        let here = Here { candidates: self.candidates(offer.route), plausible_mtu };
         let before = self.book.remote(caller.instance);
-        match self.book.offered(caller, slot, offer, candidates, now) {
+        match self.book.offered(caller, slot, offer, here, now) {
             Ok((answer, agreed)) => {
                 if let (Some(agreed), Some(before)) = (&agreed, before)
                     && offer.route == Route::Auto
@@ -72,7 +73,8 @@ impl Actor {
         let Some((key, result)) = about else { return };
         match result {
             Ok(Outcome::Link(answer)) => {
-                let agreed = self.book.answered(key, &answer);
+                let plausible_mtu = self.paths.plausible_mtu(&answer.candidates);
+                let agreed = self.book.answered(key, &answer, plausible_mtu);
                 self.agreed(agreed, answer.candidates, Instant::now());
             }
             Ok(Outcome::Failed(failure)) => self.book.refused(key, &failure.what),

@@ -41,7 +41,13 @@ impl Side {
     }
 
     fn is_offered(&mut self, from: &Self, offer: &LinkOffer) -> LinkAnswer {
-        let offered = self.book.offered(from.me, Some(from.slot()), offer, vec![], Instant::now());
+        let offered = self.book.offered(
+            from.me,
+            Some(from.slot()),
+            offer,
+            Here { candidates: vec![], plausible_mtu: 1452 },
+            Instant::now(),
+        );
         offered.ok().expect("the offer is in order").0
     }
 
@@ -78,7 +84,7 @@ async fn linked() -> (Side, Side, LinkHandle) {
     carry(&other, &one);
     let (offer, link) = one.wants(&other);
     let answer = other.is_offered(&one, &offer);
-    one.book.answered((other.me.instance, Route::Auto), &answer).unwrap();
+    one.book.answered((other.me.instance, Route::Auto), &answer, 1452).unwrap();
     one.is_up().await;
     other.is_up().await;
     let link = link.await.unwrap().unwrap();
@@ -120,7 +126,7 @@ async fn offers_that_cross_lead_to_one_check_key() {
     let answer = other.is_offered(&one, &offer);
     assert_eq!(answer.check_share, counter.check_share);
     assert_eq!(one.is_offered(&other, &counter).check_share, offer.check_share);
-    assert!(one.book.answered((other.me.instance, Route::Auto), &answer).is_none());
+    assert!(one.book.answered((other.me.instance, Route::Auto), &answer, 1452).is_none());
 }
 
 #[tokio::test]
@@ -130,7 +136,7 @@ async fn an_offer_with_another_share_begins_the_link_anew() {
     one.book.fail(key, "as if it had been lost");
     let (offer, _) = one.wants(&other);
     let answer = other.is_offered(&one, &offer);
-    one.book.answered(key, &answer).unwrap();
+    one.book.answered(key, &answer, 1452).unwrap();
     while one.book.get(key, Instant::now()).is_none() {
         if let LinkEvent::Up { mapped, connection } = timeout(SOON, one.events.recv()).await.unwrap().unwrap() {
             one.book.up(mapped, connection, Instant::now());
@@ -143,5 +149,10 @@ async fn a_key_of_another_kind_is_not_agreed_on() {
     let (mut one, mut other) = (Side::start(1).await, Side::start(2).await);
     let (offer, _) = one.wants(&other);
     let offer = LinkOffer { tls_key: vec![1, 2, 3], ..offer };
-    assert!(other.book.offered(one.me, None, &offer, vec![], Instant::now()).is_err());
+    assert!(
+        other
+            .book
+            .offered(one.me, None, &offer, Here { candidates: vec![], plausible_mtu: 1452 }, Instant::now())
+            .is_err()
+    );
 }

@@ -276,3 +276,45 @@ async fn a_stun_packet_goes_to_the_path_machine() {
     assert_eq!(from, other.local_addr().unwrap());
     assert_eq!(packet.as_ref(), [0x00, 0x01, 0x00, 0x00]);
 }
+
+/// Waits until QUIC has found that packets of this size arrive.
+async fn finds_mtu(connection: &Connection, mtu: u16) {
+    let found = async {
+        while connection.stats().path.current_mtu < mtu {
+            // A keep-alive is a while away, and QUIC looks on when it has something to send.
+            kick(connection);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(DEADLINE, found).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_direct_path_that_may_take_large_packets_gets_them() {
+    let mut pair = Pair::start().await;
+    pair.client.remote.set_plausible_mtu(mtu::LARGEST_DIRECT);
+    pair.server.remote.set_plausible_mtu(mtu::LARGEST_DIRECT);
+    pair.go_direct();
+    let (client, server) = pair.connect().await;
+    finds_mtu(&client, mtu::LARGEST_DIRECT).await;
+    finds_mtu(&server, mtu::LARGEST_DIRECT).await;
+    pair.go_relayed();
+    let bytes = vec![7; 300_000];
+    let (_send, _recv) = send_all(&client, &bytes).await;
+    let (_, mut recv) = timeout(DEADLINE, server.accept_bi()).await.unwrap().unwrap();
+    let mut copy = vec![0; bytes.len()];
+    timeout(DEADLINE, recv.read_exact(&mut copy)).await.unwrap().unwrap();
+    assert_eq!(copy, bytes, "the relay takes what the direct path took");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relayed_link_that_may_become_direct_keeps_to_the_usual_size() {
+    let mut pair = Pair::start().await;
+    for side in [&pair.client, &pair.server] {
+        side.remote.set_plausible_mtu(mtu::LARGEST_DIRECT);
+    }
+    let (client, server) = pair.connect().await;
+    finds_mtu(&client, mtu::USUAL - 40).await;
+    finds_mtu(&server, mtu::USUAL - 40).await;
+    assert!([&client, &server].iter().all(|connection| connection.stats().path.current_mtu <= mtu::USUAL));
+}
