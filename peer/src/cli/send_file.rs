@@ -164,18 +164,19 @@ struct Display {
     last_event: Option<Instant>,
     bytes: u64,
     total: u64,
+    resumed: u64,
     path: Option<PathNow>,
 }
 
 impl Display {
     fn new(ui: Ui) -> Self {
-        Self { ui, bar: None, since: Instant::now(), last_event: None, bytes: 0, total: 0, path: None }
+        Self { ui, bar: None, since: Instant::now(), last_event: None, bytes: 0, total: 0, resumed: 0, path: None }
     }
 
     fn update(&mut self, update: &Update) {
         match update {
             Update::Moved { bytes, total, resumed, path } => {
-                (self.bytes, self.total, self.path) = (*bytes, *total, Some(*path));
+                (self.bytes, self.total, self.resumed, self.path) = (*bytes, *total, *resumed, Some(*path));
                 if self.bar.is_none() && self.ui.shows_progress() {
                     self.bar = Some(bar(*total, *resumed));
                 }
@@ -215,6 +216,7 @@ impl Display {
             "event": "progress",
             "bytes": self.bytes,
             "total": self.total,
+            "resumed": self.resumed,
             "path": self.path.map(word),
             "sha256": null,
             "seconds": self.since.elapsed().as_secs_f64(),
