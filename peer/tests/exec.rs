@@ -339,6 +339,28 @@ async fn output_and_input_survive(cuts: &[(usize, bool)]) {
     assert_eq!((seen.stdout == sent, seen.stderr.as_slice()), (true, &b"done\n"[..]));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn output_that_left_is_kept_until_its_owner_says_that_it_was_taken() {
+    let host = Host::new();
+    // More than is kept of what was taken, and less than holds the process back.
+    let len = 300_000;
+    let job = host.start(shell(&format!("sleep 0.3; head -c {len} /dev/zero"))).await;
+    for _ in 0..20 {
+        let mut caller = host.attach(owner(job)).await;
+        caller.takes = false;
+        assert_eq!(caller.attached.stdout_from, 0);
+        let heard = caller.hear_all().await;
+        assert_eq!((heard.stdout.len(), heard.end.unwrap().state), (len, EndState::Exited(0)));
+    }
+    let mut last = host.attach(owner(job)).await;
+    assert_eq!(last.hear_all().await.stdout.len(), len);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while host.attach(viewer(job)).await.attached.stdout_from == 0 {
+        assert!(Instant::now() < deadline, "what was taken is not kept for its owner");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 // Input.
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,19 +6,27 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use peerfleet_peer::{
+    client,
     daemon::call::{Call, Reply},
     mesh::{AskFault, Stream},
 };
 use peerfleet_proto::request::{Failure, FailureKind, Outcome, Request, exec::*};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    sync::Notify,
+    sync::{Notify, mpsc},
 };
 
 use crate::machine::{Machine, Said, answer, attached, end, ended, host, introduce, running};
+
+/// Bytes that a pipe holds in Linux, and most that are in one frame of output.
+const PIPE_BYTES: usize = 64 * 1024;
+
+/// Pieces of so many bytes.
+const PIECES: usize = 8;
 
 /// A machine with one host, `web-1`: `asked` answers messages, `opened` serves streams.
 fn machine<A, O>(asked: A, opened: O) -> Machine
@@ -95,6 +103,55 @@ async fn a_lost_stream_is_picked_up_at_the_bytes_that_were_written() {
     });
     let said = machine.peer("exec web-1 -- long").await;
     assert_eq!((said.code, said.text(), said.stderr.as_str()), (Some(0), "abcdef", "x"));
+}
+
+#[tokio::test]
+async fn a_piece_that_nobody_reads_yet_is_written_in_full_although_its_stream_is_lost() {
+    // Each piece fills a pipe: the second is being written when the stream breaks, and nobody reads.
+    let piece = |number: usize| vec![b'0' + number as u8; PIPE_BYTES];
+    let (tries, (again, mut came_again)) = (Arc::new(AtomicUsize::new(0)), mpsc::unbounded_channel());
+    let machine = machine(runs, move |attach, mut stream| {
+        let (tried, again) = (tries.fetch_add(1, Ordering::SeqCst), again.clone());
+        Box::pin(async move {
+            if tried > 0 {
+                let _ = again.send(());
+            }
+            attached(&mut stream, &attach, 0).await;
+            let from = attach.stdout_from as usize;
+            assert_eq!(from % PIPE_BYTES, 0, "a piece was written in part");
+            if tried == 0 {
+                for number in 0..3 {
+                    say(&mut stream, FromHost::Stdout(piece(number))).await;
+                }
+                while heard(&mut stream).await != Some(FromCaller::Taken { stdout: PIPE_BYTES as u64, stderr: 0 }) {}
+                return;
+            }
+            for number in from / PIPE_BYTES..PIECES {
+                say(&mut stream, FromHost::Stdout(piece(number))).await;
+            }
+            say(&mut stream, FromHost::End(end(EndState::Exited(3)))).await;
+            while heard(&mut stream).await.is_some() {}
+        })
+    });
+    let mut child =
+        machine.command(["exec", "web-1", "--stdin", "--", "much"]).stdin(Stdio::piped()).spawn().expect("peer runs");
+    // Words to the host are what shows that the stream is gone.
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let speaking = async {
+        while stdin.write_all(b"more").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        () = speaking => panic!("the command ended"),
+        came = came_again.recv() => panic!("the stream was picked up while a piece of output was being written: {came:?}"),
+        () = tokio::time::sleep(client::RETRY_PAUSE * 3) => {}
+    }
+    drop(stdin);
+    let said = Said::of(child.wait_with_output().await.expect("it ends"));
+    let wanted: Vec<u8> = (0..PIECES).flat_map(piece).collect();
+    assert_eq!((said.code, said.stdout == wanted, said.stderr.as_str()), (Some(3), true, ""));
+    assert!(came_again.recv().await.is_some());
 }
 
 #[tokio::test]

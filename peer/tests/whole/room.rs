@@ -4,8 +4,10 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader},
     net::SocketAddr,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
-    process::{Child, ChildStdout, Command, Output, Stdio},
+    process::{self, Child, ChildStdout, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -61,9 +63,63 @@ fn memory(path: &str, field: &str) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
+/// Set where a machine that cannot run a test is an error: in continuous integration.
+const REQUIRE_ALL: &str = "PEERFLEET_REQUIRE_ALL";
+
+/// Says loudly that a test was skipped, or fails where that is an error.
+#[expect(clippy::print_stderr, reason = "who reads a skipped run has nothing else")]
+pub(crate) fn skip(why: &str) {
+    assert!(std::env::var_os(REQUIRE_ALL).is_none(), "{REQUIRE_ALL} is set, but: {why}");
+    eprintln!("SKIPPED: {why}");
+}
+
+/// A network of its own, in which the only way is TCP: links travel by way of the relay.
+struct Space(String);
+
+impl Space {
+    fn without_udp() -> Result<Self, String> {
+        static SPACES: AtomicU32 = AtomicU32::new(0);
+        let name = format!("pfwhole-{}-{}", process::id(), SPACES.fetch_add(1, Ordering::Relaxed));
+        run(&["ip", "netns", "add", &name])?;
+        let space = Self(name);
+        let rules = "table inet only { chain into { type filter hook input priority 0; meta l4proto udp drop; }; }";
+        run(&["ip", "-n", &space.0, "link", "set", "lo", "up"])?;
+        run(&["ip", "netns", "exec", &space.0, "nft", rules])?;
+        Ok(space)
+    }
+
+    fn prefix(&self) -> Vec<String> {
+        ["nsenter".into(), format!("--net=/run/netns/{}", self.0), "--".into()].into()
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        // It was made here, so it can be removed here; its processes have ended before.
+        let _ = run(&["ip", "netns", "del", &self.0]);
+    }
+}
+
+fn run(words: &[&str]) -> Result<(), String> {
+    let output = Command::new(words[0]).args(&words[1..]).output().map_err(|error| format!("{}: {error}", words[0]))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    output.status.success().then_some(()).ok_or_else(|| format!("`{}`: {}", words.join(" "), said.trim()))
+}
+
+/// The command `program` behind these words.
+fn behind(prefix: &[String], program: &Path) -> Command {
+    let Some((first, rest)) = prefix.split_first() else { return Command::new(program) };
+    let mut command = Command::new(first);
+    command.args(rest).arg(program);
+    command
+}
+
 /// A relay, and a room on it.
 pub(crate) struct Room {
     relay: Option<Running>,
+    /// Words before every program that lead it into the room's network.
+    prefix: Vec<String>,
+    _space: Option<Space>,
     pub(crate) relay_address: SocketAddr,
     pub(crate) token: String,
     pub(crate) name: String,
@@ -76,9 +132,26 @@ impl Room {
     }
 
     pub(crate) fn named(name: &str) -> Self {
+        Self::within(None, name)
+    }
+
+    /// A room whose members reach each other by way of the relay alone; `None`, and a loud word, where the machine does
+    /// not let us.
+    pub(crate) fn without_udp() -> Option<Self> {
+        match Space::without_udp() {
+            Ok(space) => Some(Self::within(Some(space), "whole")),
+            Err(why) => {
+                skip(&format!("nothing was tried by way of the relay alone: {why}"));
+                None
+            }
+        }
+    }
+
+    fn within(space: Option<Space>, name: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let (relay, relay_address) = relay(folder.path(), "127.0.0.1:0");
-        Self { relay: Some(relay), relay_address, token: new_token(), name: name.into(), folder }
+        let prefix = space.as_ref().map(Space::prefix).unwrap_or_default();
+        let (relay, relay_address) = relay(&prefix, folder.path(), "127.0.0.1:0");
+        Self { relay: Some(relay), prefix, _space: space, relay_address, token: new_token(), name: name.into(), folder }
     }
 
     pub(crate) fn relay(&self) -> &Running {
@@ -90,7 +163,7 @@ impl Room {
     }
 
     pub(crate) fn start_relay(&mut self) {
-        self.relay = Some(relay(self.folder.path(), &self.relay_address.to_string()).0);
+        self.relay = Some(relay(&self.prefix, self.folder.path(), &self.relay_address.to_string()).0);
     }
 
     /// A machine whose peer runs.
@@ -104,6 +177,9 @@ impl Room {
         fs::create_dir_all(&home).unwrap();
         let mut machine = Machine {
             name: name.into(),
+            prefix: self.prefix.clone(),
+            program: PEER.into(),
+            user: None,
             home,
             relay,
             room: self.name.clone(),
@@ -111,6 +187,15 @@ impl Room {
             flags: flags.iter().map(ToString::to_string).collect(),
             daemon: None,
         };
+        machine.start();
+        machine
+    }
+
+    /// A machine of another user, whose peer runs.
+    pub(crate) fn peer_as(&self, user: u32, name: &str, flags: &[&str]) -> Machine {
+        let mut machine = self.peer(name, flags);
+        machine.kill();
+        machine.become_user(user);
         machine.start();
         machine
     }
@@ -140,9 +225,9 @@ fn relay_program() -> PathBuf {
     program
 }
 
-fn relay(folder: &Path, bind: &str) -> (Running, SocketAddr) {
+fn relay(prefix: &[String], folder: &Path, bind: &str) -> (Running, SocketAddr) {
     let log = folder.join("relay.log");
-    let mut command = Command::new(relay_program());
+    let mut command = behind(prefix, &relay_program());
     command.args(["--bind", bind]).env_clear().stdin(Stdio::null()).stderr(File::create(&log).unwrap());
     let mut relay = Running(command.spawn().unwrap());
     let address = until("the relay listens", || {
@@ -158,6 +243,9 @@ fn relay(folder: &Path, bind: &str) -> (Running, SocketAddr) {
 pub(crate) struct Machine {
     pub(crate) name: String,
     pub(crate) home: PathBuf,
+    prefix: Vec<String>,
+    program: PathBuf,
+    user: Option<u32>,
     relay: SocketAddr,
     room: String,
     pub(crate) token: String,
@@ -187,8 +275,25 @@ impl Machine {
         fs::read_to_string(self.home.join("log")).unwrap()
     }
 
+    /// Everything of this machine belongs to another user from now on, and runs as that.
+    fn become_user(&mut self, user: u32) {
+        let everybody = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(self.home.parent().unwrap(), everybody.clone()).unwrap();
+        fs::remove_dir_all(&self.home).unwrap();
+        fs::create_dir(&self.home).unwrap();
+        std::os::unix::fs::chown(&self.home, Some(user), Some(user)).unwrap();
+        // Where the program was built, others may not look.
+        self.program = self.home.with_extension("peer");
+        fs::copy(PEER, &self.program).unwrap();
+        fs::set_permissions(&self.program, everybody).unwrap();
+        self.user = Some(user);
+    }
+
     fn bare(&self) -> Command {
-        let mut command = Command::new(PEER);
+        let mut command = behind(&self.prefix, &self.program);
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
         command.env_clear().env("HOME", &self.home).env("PATH", "/usr/bin:/bin");
         command.env("PEER_STATE_DIR", self.home.join("state")).stdin(Stdio::null());
         command

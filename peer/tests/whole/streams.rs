@@ -2,11 +2,12 @@
 
 use std::{
     fs,
-    io::{BufRead, Read},
+    io::{BufRead, BufReader, Read},
     path::Path,
+    process::Stdio,
 };
 
-use super::room::{Room, until};
+use super::room::{Room, Running, until};
 
 /// Most that a process may ever have resident.
 const MOST_MEMORY: u64 = 64 << 20;
@@ -79,6 +80,66 @@ fn output_faster_than_its_reader_arrives_in_full_although_the_relay_is_killed() 
     }
     assert_eq!(count, 200_000);
     assert!(running.0.wait().unwrap().success());
+}
+
+#[test]
+fn a_relayed_command_loses_no_byte_although_the_relay_is_killed_again_and_again() {
+    let Some(mut room) = Room::without_udp() else { return };
+    let one = room.peer("one", &[]);
+    let _other = room.peer("other", &["--mode", "bypass"]);
+    one.sees(&["other"]);
+    // More than the windows on the way hold, so that the command runs at each kill.
+    let script = "seq 1 600000; echo done >&2; exit 7";
+    let mut command = one.command(&["exec", "other", "--shell", "--", script]);
+    let mut running = Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    let lines = BufReader::new(running.0.stdout.take().unwrap()).lines();
+    let mut count = 0_u64;
+    for line in lines {
+        count += 1;
+        assert_eq!(line.unwrap(), count.to_string());
+        if count % 150_000 == 1_000 {
+            assert_eq!(one.path_of("other").as_deref(), Some("relayed"));
+            room.kill_relay();
+            room.start_relay();
+        }
+    }
+    assert_eq!((count, running.0.wait().unwrap().code()), (600_000, Some(7)));
+    let mut stderr = String::new();
+    running.0.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert_eq!(stderr, "done\n");
+}
+
+#[test]
+fn a_relayed_command_is_picked_up_after_its_link_was_given_up() {
+    let Some(mut room) = Room::without_udp() else { return };
+    let one = room.peer("one", &[]);
+    let other = room.peer("other", &["--mode", "bypass"]);
+    one.sees(&["other"]);
+    let (mut running, mut lines) = one.spawn(&["exec", "other", "--shell", "--", "seq 1 600000; exit 7"]);
+    let mut count = 0_u64;
+    let mut read = |wanted: u64| {
+        let mut line = String::new();
+        while count < wanted {
+            line.clear();
+            if lines.read_line(&mut line).unwrap() == 0 {
+                break;
+            }
+            count += 1;
+            assert_eq!(line, format!("{count}\n"));
+        }
+        count
+    };
+    read(1_000);
+    room.kill_relay();
+    for machine in [&one, &other] {
+        until("the link is given up", || {
+            let status = machine.run(&["status", "--json"]).json().remove(0);
+            status["links"].as_array().unwrap().is_empty().then_some(())
+        });
+    }
+    room.start_relay();
+    assert_eq!(read(u64::MAX), 600_000);
+    assert_eq!(running.0.wait().unwrap().code(), Some(7));
 }
 
 #[test]
