@@ -158,7 +158,9 @@ impl Failure {
         match fault {
             AskFault::Unreachable => told("cannot reach")
                 .hint("`peer ls` shows who answers; a machine that was switched off is listed until the relay notices"),
-            AskFault::Lost => told("lost").hint("the machine or its peer went away: try again when `peer ls` shows it"),
+            AskFault::Lost => told("lost").hint(format!(
+                "its peer or the way to it failed: when `peer ls` shows it again, `peer jobs {host}` tells what ran there"
+            )),
             AskFault::DeadlineExceeded => told("no answer from").hint("try again, or allow more time with --timeout"),
             AskFault::Busy => told("no answer from").hint("try again in a moment"),
             AskFault::TooLarge => Self::fixable(format!("cannot ask `{host}`"))

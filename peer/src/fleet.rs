@@ -64,9 +64,9 @@ pub enum State {
     SpawnFailed,
     /// The host does not do this.
     Refused,
-    /// The host took it, then went away.
+    /// The host took it, or may have, and no word came of how it ended.
     Lost,
-    /// The host was not reached.
+    /// There was no way to the host: it did not run there.
     Unreachable,
 }
 

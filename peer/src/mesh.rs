@@ -45,6 +45,7 @@ mod views;
 mod wire;
 
 pub use dial::{InvalidRelayUrl, RelayUrl};
+pub use peerfleet_proto::exchange::AskFault;
 pub use stream::Stream;
 
 /// Words about one instance in [`Mesh::ask_many`]: asked, accepted, ended.
@@ -102,26 +103,6 @@ pub struct Roster {
     pub trouble: Option<String>,
     /// The other instances, by identity and process.
     pub peers: Vec<PeerEntry>,
-}
-
-/// Why asking led to no outcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-pub enum AskFault {
-    /// The other side never took the request.
-    #[error("it cannot be reached")]
-    Unreachable,
-    /// The other side took the request, then went away.
-    #[error("it went away while working on the request")]
-    Lost,
-    /// The other side took the request, but gave no outcome in time.
-    #[error("it gave no answer in time")]
-    DeadlineExceeded,
-    /// The request is too large for a message.
-    #[error("the request is too large")]
-    TooLarge,
-    /// The other side has too much to do.
-    #[error("it is too busy")]
-    Busy,
 }
 
 /// Why no stream could be opened.
@@ -251,8 +232,11 @@ impl Mesh {
             return tokio::time::timeout(deadline, asked).await.map_err(|_| AskFault::DeadlineExceeded);
         }
         let (reply, outcome) = oneshot::channel();
-        self.command(Command::Ask { to, request: Box::new(request), deadline, reply }).await;
-        outcome.await.unwrap_or(Err(AskFault::Unreachable))
+        if !self.command(Command::Ask { to, request: Box::new(request), deadline, reply }).await {
+            return Err(AskFault::Unreachable);
+        }
+        // This instance left the room meanwhile; whether the request had left before is not known any more.
+        outcome.await.unwrap_or(Err(AskFault::Lost))
     }
 
     /// Asks many instances the same; every one of them ends exactly once, unless this instance leaves the room first.
@@ -304,7 +288,9 @@ impl Mesh {
     /// Tells the room another mode.
     pub fn set_mode(&self, mode: Mode) {
         let mesh = self.clone();
-        tokio::spawn(async move { mesh.command(Command::SetMode(mode)).await });
+        tokio::spawn(async move {
+            mesh.command(Command::SetMode(mode)).await;
+        });
     }
 
     /// Leaves the room and ends every link.
@@ -334,9 +320,12 @@ impl Mesh {
         }
     }
 
-    async fn command(&self, command: Command) {
-        if self.0.commands.send(command).await.is_err() {
+    /// Whether the instance is there to take it.
+    async fn command(&self, command: Command) -> bool {
+        let is_taken = self.0.commands.send(command).await.is_ok();
+        if !is_taken {
             tracing::trace!("this instance has left the room");
         }
+        is_taken
     }
 }

@@ -28,6 +28,7 @@ use std::{
 
 use bytes::Bytes;
 use rand_core::CryptoRng;
+use serde::{Deserialize, Serialize};
 use x25519_dalek::StaticSecret;
 use zeroize::Zeroizing;
 
@@ -139,14 +140,14 @@ pub enum Event {
     EpochChanged(Epoch),
 }
 
-/// Why an ask led to no outcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+/// Why an ask led to no outcome. Commands hear of it from the daemon of their machine, so variants are append-only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum AskFault {
-    /// It is not known here, or no sign came in time that it took the ask.
+    /// It is not known here, or there was no way to it: the ask never left, so it was not carried out.
     #[error("it cannot be reached")]
     Unreachable,
-    /// The host took it, or may have; then it went away, or knows nothing of it any more.
-    #[error("it went away while working on the request")]
+    /// The host took it, or may have; then it went away, said nothing in time, or knows nothing of it any more.
+    #[error("it gave no answer, and may have carried out the request")]
     Lost,
     /// The host took it, but gave no outcome in time.
     #[error("it gave no answer in time")]
@@ -385,8 +386,7 @@ impl Exchange {
         remote.is_forsaken = true;
         let asks: Vec<RequestId> = remote.outstanding.values().copied().collect();
         for id in asks {
-            let is_accepted = self.asks.get(&id).is_some_and(|ask| ask.is_accepted);
-            self.fail(id, if is_accepted { AskFault::Lost } else { AskFault::Unreachable });
+            self.give_up(id);
         }
         self.forget_forsaken(instance);
     }

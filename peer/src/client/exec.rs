@@ -90,7 +90,7 @@ pub struct Finished {
 /// Why a command did not run, or why its end is not known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotRun {
-    /// One of `refused`, `unreachable`, `lost`, `cancelled`, `spawn_failed`.
+    /// One of `refused`, `unreachable`, `spawn_failed`: it did not run. `lost`, `cancelled`: it may have.
     pub state: &'static str,
     /// For a person.
     pub failure: Failure,
@@ -196,7 +196,11 @@ async fn start(
             (Ok(_), _) => Err(NotRun { state: "lost", failure: Failure::odd_answer(host.name()).not_run() }),
             (Err(AskFault::Lost | AskFault::DeadlineExceeded), Some(job)) if accepted => Ok((job, None)),
             (Err(fault), _) => Err(NotRun {
-                state: if fault == AskFault::Unreachable { "unreachable" } else { "lost" },
+                state: match fault {
+                    AskFault::Unreachable => "unreachable",
+                    AskFault::Lost | AskFault::DeadlineExceeded => "lost",
+                    AskFault::TooLarge | AskFault::Busy => "refused",
+                },
                 failure: Failure::from_ask(host.name(), fault).not_run(),
             }),
         };

@@ -130,3 +130,31 @@ fn every_host_of_a_fleet_appears_once_with_what_became_of_it() {
     one.run(&["fleet", "exec", "--target", "fine", "--", "true"]).expect(0);
     one.run(&["fleet", "exec", "--target", "nobody", "--", "true"]).expect(2);
 }
+
+#[test]
+fn a_command_that_may_have_run_is_lost_and_never_unreachable() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let mut dies = room.peer("dies", &["--mode", "bypass"]);
+    for command in [&["exec", "dies"][..], &["fleet", "exec", "--target", "dies"]] {
+        one.sees(&["dies"]);
+        let stay = dies.home.join("stay");
+        let begun = dies.home.join("begun");
+        fs::write(&stay, "").unwrap();
+        let script = format!(": > '{}'; while [ -e '{}' ]; do sleep 0.1; done", begun.display(), stay.display());
+        let mut asking = one.command(&[command, &["--json", "--shell", "--", &script]].concat());
+        let asking = asking.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // It runs, and its host has said nothing so far: that takes the host 100 ms.
+        until("the command runs", || begun.exists().then_some(()));
+        dies.kill();
+        let ended = Ended::from(asking.wait_with_output().unwrap());
+        fs::remove_file(&stay).unwrap();
+        fs::remove_file(&begun).unwrap();
+        let states: Vec<_> = ended.json().into_iter().filter_map(|line| line.get("state").cloned()).collect();
+        assert_eq!(states, ["lost"], "{ended:?}");
+        let is_fleet = command[0] == "fleet";
+        let ended = ended.expect(if is_fleet { 1 } else { 125 });
+        assert!(is_fleet || ended.stderr.contains("`peer jobs dies`"), "{ended:?}");
+        dies.start();
+    }
+}

@@ -34,7 +34,7 @@ pub(super) struct Ask {
     to: InstanceId,
     number: u64,
     request: Bytes,
-    /// The host's epoch when it was first sent.
+    /// The host's epoch when it was first sent; `None` as long as nothing of it has left.
     born: Option<Epoch>,
     pub(super) is_accepted: bool,
     deadline: Instant,
@@ -274,7 +274,7 @@ impl Exchange {
         if ask.is_accepted && now >= ask.deadline {
             self.fail(id, AskFault::DeadlineExceeded);
         } else if !ask.is_accepted && now >= ask.deadline.min(ask.connect_by) {
-            self.fail(id, AskFault::Unreachable);
+            self.give_up(id);
         } else {
             self.send_ask(id, now, rng);
         }
@@ -325,6 +325,13 @@ impl Exchange {
     /// An ask of ours to this instance; others' answers are none.
     fn ask_of(&mut self, from: InstanceId, id: RequestId) -> Result<&mut Ask, Dropped> {
         self.asks.get_mut(&id).filter(|ask| ask.to == from).ok_or(Misbehaved::OutOfTurn.into())
+    }
+
+    /// Nothing more can be expected of an ask. What was sent once may have been taken, whatever came back: a relay can
+    /// deliver an ask, say that it did not, and drop every word of the host.
+    pub(super) fn give_up(&mut self, id: RequestId) {
+        let was_sent = self.asks.get(&id).is_some_and(|ask| ask.born.is_some());
+        self.fail(id, if was_sent { AskFault::Lost } else { AskFault::Unreachable });
     }
 
     pub(super) fn fail(&mut self, id: RequestId, fault: AskFault) {

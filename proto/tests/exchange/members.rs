@@ -151,7 +151,7 @@ fn nobody_answers_for_another() {
     }
     assert_eq!(net.peers[0].exchange.dropped(), &[(Dropped::OutOfTurn, 4)].into());
     net.run_until_ended(asked_of_another);
-    assert_eq!(net.ends[&asked_of_another], Err(AskFault::Unreachable));
+    assert_eq!(net.ends[&asked_of_another], Err(AskFault::Lost));
 }
 
 #[test]

@@ -453,6 +453,9 @@ impl Net {
             assert_eq!(handled[0], self.meant[id], "a request was handled by another, or is another");
         }
         for (id, end) in &self.ends {
+            if let Err(AskFault::Unreachable | AskFault::Busy | AskFault::TooLarge) = end {
+                assert!(!self.handled.contains_key(id), "{end:?} was said of a request that was handled");
+            }
             let (target, number) = self.meant[id];
             if let Ok(end) = end {
                 assert!(self.handled.contains_key(id), "an outcome of what nobody did");

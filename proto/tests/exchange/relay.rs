@@ -12,7 +12,7 @@ use peerfleet_proto::{
         exec::{Command, ExecSpec, Follow},
     },
     sealed::{SOFT_AGE, Sealed},
-    wire::relay::{PeerFrame, RefusalReason},
+    wire::relay::{PeerFrame, RefusalReason, Refused},
 };
 use proptest::prelude::*;
 
@@ -377,23 +377,82 @@ fn an_outcome_waits_for_a_caller_whose_connection_was_long_lost() {
 
 #[test]
 fn a_new_process_never_gets_what_the_old_one_was_asked() {
-    for (works_for, fault) in [(HOUR, AskFault::Lost), (Duration::ZERO, AskFault::Unreachable)] {
+    for (works_for, fate) in [(HOUR, Fate::Deliver), (Duration::ZERO, Fate::Drop)] {
         let mut net = Net::new(2);
         net.peers[1].works_for = works_for;
-        if fault == AskFault::Unreachable {
-            net.relay = Box::new(|_| Fate::Drop);
-        }
+        net.relay = Box::new(move |_| fate);
         let start = net.now;
         let id = net.ask(0, 1);
         net.run_for(SECOND);
         net.restart_peer(1);
         net.relay = Box::new(|_| Fate::Deliver);
         net.run_until_ended(id);
-        assert_eq!(net.ends[&id], Err(fault));
+        assert_eq!(net.ends[&id], Err(AskFault::Lost));
         assert!(net.now - start <= ASK_CONNECT_DEADLINE.max(ASK_LOST_AFTER + SECOND));
         let new = net.peers[1].address.instance;
         assert!(net.handled.values().flatten().all(|(host, _)| *host != new));
     }
+}
+
+#[test]
+fn what_a_host_took_is_lost_however_soon_it_ended() {
+    // It is killed while the ask is on its way, as it comes, before it says that it took it, and while that is on its way.
+    let moments = [LATENCY / 2, LATENCY, LATENCY + ACCEPT_AFTER / 2, LATENCY * 3 / 2 + ACCEPT_AFTER];
+    for (is_warm, moment) in [false, true].into_iter().flat_map(|is_warm| moments.map(|moment| (is_warm, moment))) {
+        let mut net = Net::new(2);
+        if is_warm {
+            let warm = net.ask(0, 1);
+            net.run_until_ended(warm);
+        }
+        net.peers[1].works_for = HOUR;
+        let id = net.ask(0, 1);
+        net.run_for(moment);
+        net.restart_peer(1);
+        net.run_until_ended(id);
+        assert_eq!(net.handled.contains_key(&id), moment > LATENCY / 2, "{moment:?}");
+        assert_eq!(net.ends[&id], Err(AskFault::Lost), "{moment:?}, warm: {is_warm}");
+    }
+}
+
+#[test]
+fn what_was_sent_counts_as_lost_although_the_relay_says_that_nobody_got_it() {
+    let mut net = Net::new(2);
+    net.peers[1].works_for = HOUR;
+    // The relay hands on every ask, and lies about it.
+    net.relay = Box::new(|packet| if packet.from == 0 { Fate::Copy } else { Fate::Drop });
+    let id = net.ask(0, 1);
+    let slot = net.peers[1].slot;
+    for tag in 0..50 {
+        let gone = Refused { slot, tag, reason: RefusalReason::Gone };
+        net.peers[0].exchange.handle_refused(gone, net.now, &mut net.rng);
+    }
+    net.run_until_ended(id);
+    assert!(net.handled.contains_key(&id));
+    assert_eq!(net.ends[&id], Err(AskFault::Lost));
+}
+
+#[test]
+fn what_is_carried_out_after_its_asker_gave_up_was_not_called_unreachable() {
+    let mut net = Net::new(2);
+    net.relay = Box::new(|_| Fate::Hold);
+    let id = net.ask(0, 1);
+    net.run_until_ended(id);
+    net.relay = Box::new(|_| Fate::Deliver);
+    net.release();
+    assert!(net.handled.contains_key(&id), "a host that stood still for a while does what it finds");
+    net.assert_sound();
+}
+
+#[test]
+fn what_never_left_was_not_carried_out_and_is_called_unreachable() {
+    let mut net = Net::new(2);
+    net.leave(1);
+    let id = net.ask(0, 1);
+    net.run_until_ended(id);
+    assert_eq!(net.ends[&id], Err(AskFault::Unreachable));
+    net.come_back(1);
+    net.run_for(SECOND * 60);
+    assert!(net.handled.is_empty() && net.sent.is_empty());
 }
 
 #[test]
@@ -476,7 +535,8 @@ fn a_session_can_be_begun_under_the_current_and_the_previous_epoch_alone() {
     }
     let id = net.ask(2, 1);
     net.run_until_ended(id);
-    assert_eq!(net.ends[&id], Err(AskFault::Unreachable), "the one before");
+    assert_eq!(net.ends[&id], Err(AskFault::Lost), "the one before");
+    assert!(!net.handled.contains_key(&id));
     net.introduce();
     let id = net.ask(2, 1);
     net.run_until_ended(id);
@@ -565,7 +625,7 @@ fn whom_nobody_knows_cannot_be_asked_and_endless_deadlines_are_borne() {
     net.relay = Box::new(|_| Fate::Drop);
     let id = net.peers[0].exchange.ask(known, Request::Ping, Duration::MAX, net.now, &mut net.rng);
     net.run_until_ended(id);
-    assert_eq!(net.ends[&id], Err(AskFault::Unreachable));
+    assert_eq!(net.ends[&id], Err(AskFault::Lost));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use peerfleet_proto::{
 };
 
 use super::{Actor, LineEvent};
-use crate::mesh::{AskFault, Caller, roster::Member, wire::ToRelay};
+use crate::mesh::{Caller, roster::Member, wire::ToRelay};
 
 impl Actor {
     /// Something happened on the line to the relay.
@@ -159,7 +159,7 @@ impl Actor {
                 self.link_answered(about_link);
             }
             exchange::Event::Failed { id, fault } => {
-                let about_link = self.asks.ended(id, Err(fault.into()));
+                let about_link = self.asks.ended(id, Err(fault));
                 self.link_answered(about_link);
             }
             exchange::Event::EpochChanged(epoch) => {
@@ -181,18 +181,6 @@ impl Actor {
                 Outcome::Done
             }
             None => Outcome::Failed(Failure::new(FailureKind::NotFound, "there is no link", "offer one first")),
-        }
-    }
-}
-
-impl From<exchange::AskFault> for AskFault {
-    fn from(fault: exchange::AskFault) -> Self {
-        match fault {
-            exchange::AskFault::Unreachable => Self::Unreachable,
-            exchange::AskFault::Lost => Self::Lost,
-            exchange::AskFault::DeadlineExceeded => Self::DeadlineExceeded,
-            exchange::AskFault::TooLarge => Self::TooLarge,
-            exchange::AskFault::Busy => Self::Busy,
         }
     }
 }
