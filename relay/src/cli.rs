@@ -163,9 +163,10 @@ impl Serve {
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {
+    // First of all: whoever reads in the log that the relay listens may send one.
+    let mut signals = Signals::new().context("cannot listen for signals")?;
     let relay = Relay::bind(config)?;
     let handle = relay.handle();
-    let mut signals = Signals::new().context("cannot listen for signals")?;
     let mut run = std::pin::pin!(relay.run());
     tokio::select! {
         () = &mut run => return Ok(()),
@@ -178,24 +179,30 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The signals that ask a process to end.
+/// The signals that ask a process to end. Listened to from the beginning, so that none is missed between two waits.
 struct Signals {
+    #[cfg(unix)]
+    interrupt: tokio::signal::unix::Signal,
     #[cfg(unix)]
     terminate: tokio::signal::unix::Signal,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
+        #[cfg(unix)]
+        use tokio::signal::unix::{SignalKind, signal};
         Ok(Self {
             #[cfg(unix)]
-            terminate: tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            #[cfg(unix)]
+            terminate: signal(SignalKind::terminate())?,
         })
     }
 
     async fn next(&mut self) {
         #[cfg(unix)]
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
+            _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
         #[cfg(not(unix))]

@@ -8,6 +8,8 @@ use std::{
     process::{Child, Command, Output, Stdio},
 };
 
+mod common;
+
 fn relay() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_relay"));
     command.env_clear().stdin(Stdio::null());
@@ -71,6 +73,37 @@ fn interrupt_and_terminate_drain_and_exit_0() {
         let mut rest = String::new();
         running.1.read_to_string(&mut rest).unwrap();
         assert!(rest.contains("relay is draining") && rest.contains("relay has stopped"), "{rest}");
+    }
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_second_signal_ends_the_relay_at_once_although_peers_are_there() {
+    use rustix::process::Signal;
+    for (first, second) in [(Signal::INT, Signal::INT), (Signal::TERM, Signal::INT), (Signal::INT, Signal::TERM)] {
+        let mut running = start(relay().args(["--bind", "127.0.0.1:0", "--drain-timeout", "1h"]));
+        // It hears that it should go, and stays.
+        let _peer = common::TestPeer::join(running.2, &common::room()).await;
+        signal(&running.0, first);
+        let mut line = String::new();
+        while !line.contains("relay is draining") {
+            line.clear();
+            assert!(running.1.read_line(&mut line).unwrap() > 0, "it ended at the first signal");
+        }
+        assert!(running.0.try_wait().unwrap().is_none());
+        signal(&running.0, second);
+        let ended = common::soon(async {
+            loop {
+                match running.0.try_wait().unwrap() {
+                    Some(status) => return status,
+                    None => tokio::time::sleep(std::time::Duration::from_millis(5)).await,
+                }
+            }
+        });
+        assert_eq!(ended.await.code(), Some(0));
+        let mut rest = String::new();
+        running.1.read_to_string(&mut rest).unwrap();
+        assert!(rest.contains("second signal: stopping at once"), "{rest}");
     }
 }
 

@@ -3,10 +3,12 @@
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
     process::{Child, Stdio},
 };
 
-use super::room::{Ended, Room, until};
+use super::room::{Ended, Room, skip, until};
 
 #[test]
 fn each_mode_lets_others_do_what_it_says_and_no_more() {
@@ -157,4 +159,88 @@ fn a_command_that_may_have_run_is_lost_and_never_unreachable() {
         assert!(is_fleet || ended.stderr.contains("`peer jobs dies`"), "{ended:?}");
         dies.start();
     }
+}
+
+/// Somebody else on this machine.
+const NOBODY: u32 = 65_534;
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skip("nothing was tried as another user: that needs root");
+    }
+    root
+}
+
+#[test]
+fn another_user_does_not_get_through_the_local_door() {
+    if !is_root() {
+        return;
+    }
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let mut stranger = room.peer_as(NOBODY, "stranger", &[]);
+    one.sees(&["stranger"]);
+    stranger.kill();
+    let door = one.home.join("state/door.sock");
+    // The stranger's commands take this door for that of their own peer.
+    fs::write(stranger.home.join("state/door"), format!("{}\n", door.display())).unwrap();
+    let knock = |cause: &str| {
+        for command in [&["status"][..], &["ls"], &["mode", "bypass"], &["exec", "one", "--", "true"]] {
+            let ended = stranger.run(command);
+            assert!(ended.code != Some(0) && ended.stdout.is_empty(), "{ended:?}");
+            assert!(ended.stderr.contains(cause) && ended.stderr.contains("hint: "), "{ended:?}");
+        }
+    };
+    knock("Permission denied");
+    let refused = "closed a connection of another user";
+    assert!(!one.log().contains(refused));
+    // Were the folders and the socket open to everybody, the peer itself would look who comes.
+    for (path, mode) in [(one.home.join("state"), 0o755), (door, 0o666)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    // Closed at once, with or without what was asked in it.
+    knock("door.sock: ");
+    assert!(one.log().contains(refused));
+    fs::set_permissions(one.home.join("state"), fs::Permissions::from_mode(0o700)).unwrap();
+    assert_eq!(one.run(&["mode", "--json"]).json()[0]["mode"], "plan");
+}
+
+#[test]
+fn without_permission_a_transfer_says_so_and_leaves_nothing_behind() {
+    if !is_root() {
+        return;
+    }
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let host = room.peer_as(NOBODY, "host", &["--mode", "edit"]);
+    one.sees(&["host"]);
+    let source = one.home.join("source");
+    fs::write(&source, "words").unwrap();
+    let closed = host.home.join("closed");
+    fs::create_dir(&closed).unwrap();
+    let secret = host.home.join("secret");
+    fs::write(&secret, "not for that user").unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    let fetched = one.home.join("fetched");
+
+    let into = |path: &Path| format!("host:{}", path.display());
+    let (from_here, to_here) = (source.to_str().unwrap(), fetched.to_str().unwrap());
+    for (mode, source, destination) in [
+        (0o755, from_here, into(&closed.join("target"))),
+        (0o755, from_here, into(&closed)),
+        (0o700, from_here, into(&closed.join("target"))),
+        (0o755, &into(&secret), to_here.to_owned()),
+    ] {
+        fs::set_permissions(&closed, fs::Permissions::from_mode(mode)).unwrap();
+        let ended = one.run(&["send-file", source, &destination]).expect(1);
+        assert!(ended.stderr.to_lowercase().contains("permission denied"), "{ended:?}");
+        assert!(ended.stderr.contains("hint: ") && ended.stdout.is_empty(), "{ended:?}");
+        assert_eq!(fs::read_dir(&closed).unwrap().count(), 0);
+    }
+    let left = fs::read_dir(&one.home).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(left.into_iter().all(|name| !name.contains("fetched")));
+    // The same host takes what it may.
+    one.run(&["send-file", from_here, &into(&host.home)]).expect(0);
+    assert_eq!(fs::read(host.home.join("source")).unwrap(), b"words");
 }
