@@ -20,7 +20,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     Relay,
-    config::{Config, LogFormat, Options},
+    config::{Config, FileFault, LogFormat, Options},
 };
 
 /// Time for a health check, from dialling to the last byte: below the 5 s that container engines commonly give it.
@@ -134,7 +134,10 @@ fn resolve(options: Options, file: Option<PathBuf>) -> Result<(Options, Config),
         Some(path) => Options::read(path).map_err(|fault| Failure {
             what: "the configuration file cannot be used".into(),
             cause: fault.to_string(),
-            hint: "correct that line; `relay --help` lists every option",
+            hint: match fault {
+                FileFault::Unreadable { .. } => "make it, let this user read it, or name another one with --config",
+                FileFault::Broken { .. } => "correct that line; `relay --help` lists every option",
+            },
         })?,
         None => Options::default(),
     };

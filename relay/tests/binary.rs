@@ -129,6 +129,10 @@ fn broken_file_stops_the_start_and_names_its_line() {
     let (code, stdout, stderr) = run(relay().arg("--config").arg(&file));
     assert_eq!((code, stdout.as_str()), (Some(1), ""));
     assert!(stderr.contains(&format!("{}:2:1: unknown field `idel-timeout`", file.display())), "{stderr}");
+    assert!(stderr.contains("\nhint: correct that line"), "{stderr}");
+    let (code, _, stderr) = run(relay().arg("--config").arg(folder.path().join("missing")));
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("\nhint: make it, "), "{stderr}");
 }
 
 #[test]

@@ -98,10 +98,14 @@ impl Exec {
             stdin: self.stdin,
             ..self.order.spec(&self.command, follow)?
         };
-        let client = context.client().await.map_err(Failure::not_run)?;
+        let unreachable = |failure: Failure| NotRun { state: "unreachable", failure: failure.not_run() };
+        let client = match context.client().await {
+            Ok(client) => client,
+            Err(failure) => return told(context.ui, unreachable(failure)),
+        };
         let code = match client.host(&self.host).await {
             Ok(host) => self.on(context, &client, &host, spec).await,
-            Err(failure) => told(context.ui, NotRun { state: "unreachable", failure: failure.not_run() }),
+            Err(failure) => told(context.ui, unreachable(failure)),
         };
         client.close().await;
         code
@@ -144,6 +148,7 @@ pub(super) fn ended(ui: Ui, host: &Host, finished: &Finished) -> Result<u8> {
         return Ok(EXIT_BROKEN_PIPE);
     }
     let Some(JobEnd { state, duration }) = &finished.end else { return Ok(0) };
+    let failure = without_exit(host, state);
     if ui.json {
         let (exit_code, signal) = match state {
             EndState::Exited(code) => (Some(*code), None),
@@ -158,24 +163,29 @@ pub(super) fn ended(ui: Ui, host: &Host, finished: &Finished) -> Result<u8> {
             "exit_code": exit_code,
             "signal": signal,
             "duration_ms": duration_ms,
+            "error": failure.as_ref().map(ToString::to_string),
         }))?;
     }
     match state {
-        EndState::Exited(_) | EndState::Signalled(_) => {}
         EndState::TimedOut => ui.note(&format!("timed out after {}", crate::ui::human_duration(*duration))),
         EndState::Cancelled => ui.note("cancelled"),
-        EndState::SpawnFailed(failure) => {
-            let what = format!("cannot start this on `{}`", host.name());
-            return Err(Failure::from_host(what, failure.clone()).not_run());
-        }
-        EndState::Lost => {
-            return Err(Failure::unreachable(format!("lost the command on `{}`", host.name()))
-                .cause("its peer was stopped while the command ran")
-                .hint("look on the host whether it did its work before you run it again")
-                .not_run());
-        }
+        EndState::Exited(_) | EndState::Signalled(_) | EndState::SpawnFailed(_) | EndState::Lost => {}
     }
-    Ok(exec::exit_code(state))
+    failure.map_or_else(|| Ok(exec::exit_code(state)), Err)
+}
+
+/// What a person is told of a command that neither exited nor was ended.
+fn without_exit(host: &Host, state: &EndState) -> Option<Failure> {
+    let failure = match state {
+        EndState::Exited(_) | EndState::Signalled(_) | EndState::TimedOut | EndState::Cancelled => return None,
+        EndState::SpawnFailed(failure) => {
+            Failure::from_host(format!("cannot start this on `{}`", host.name()), failure.clone())
+        }
+        EndState::Lost => Failure::unreachable(format!("lost the command on `{}`", host.name()))
+            .cause("its peer was stopped while the command ran")
+            .hint("look on the host whether it did its work before you run it again"),
+    };
+    Some(failure.not_run())
 }
 
 /// The end state's word in JSON.

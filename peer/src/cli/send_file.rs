@@ -2,6 +2,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
+    io::{self, ErrorKind},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use crate::{
         Client,
         send::{Delivered, Delivery, Place, Update, deliver},
     },
-    failure::{EXIT_INTERRUPTED, Failure, Result},
+    failure::{EXIT_INTERRUPTED, Failure, Kind, Result},
     ui::{self, Ui},
 };
 
@@ -71,6 +72,12 @@ struct Spot<'a> {
 
 impl SendFile {
     pub(super) async fn run(self, context: &Context) -> Result<u8> {
+        let mut display = Display::new(context.ui);
+        let sent = self.send(context, &mut display).await;
+        display.finish(sent)
+    }
+
+    async fn send(self, context: &Context, display: &mut Display) -> Result<(Delivery, Delivered)> {
         let (source, destination) = (spot(&self.source)?, spot(&self.destination)?);
         if source.host.is_none() && destination.host.is_none() {
             return Err(Failure::usage("both ends are on this machine")
@@ -89,7 +96,6 @@ impl SendFile {
                 Way::Relayed => PathWish::Relayed,
             },
         };
-        let mut display = Display::new(context.ui);
         let delivered = tokio::select! {
             delivered = deliver(&client, &delivery, |update| display.update(&update)) => delivered,
             () = stopped => Err(Failure::fixable("interrupted")
@@ -97,7 +103,7 @@ impl SendFile {
                 .exit_with(EXIT_INTERRUPTED)),
         };
         client.close().await;
-        display.finish(&delivery, delivered)
+        Ok((delivery, delivered?))
     }
 }
 
@@ -120,7 +126,16 @@ fn spot(text: &OsStr) -> Result<Spot<'_>> {
 /// The absolute path of a local file that can be sent; what cannot is told before anybody is asked.
 fn readable(path: &OsStr) -> Result<PathBuf> {
     let shown = ui::printable_bytes(path.as_bytes());
-    let failed = |error: std::io::Error| Failure::fixable(format!("cannot read {shown}")).cause(error);
+    let failed = |error: io::Error| {
+        let hint = if error.kind() == ErrorKind::NotFound {
+            "look at its spelling; a path that does not begin with / begins in this folder"
+        } else if error.kind() == ErrorKind::PermissionDenied {
+            "run this as a user who may read it"
+        } else {
+            "look at the disk that it is on"
+        };
+        Failure::fixable(format!("cannot read {shown}")).cause(error).hint(hint)
+    };
     let meta = std::fs::metadata(path).map_err(failed)?;
     if meta.is_dir() {
         return Err(Failure::fixable(format!("cannot send {shown}"))
@@ -223,15 +238,15 @@ impl Display {
         }));
     }
 
-    fn finish(self, delivery: &Delivery, delivered: Result<Delivered>) -> Result<u8> {
+    fn finish(self, sent: Result<(Delivery, Delivered)>) -> Result<u8> {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
         let seconds = self.since.elapsed().as_secs_f64();
-        match delivered {
-            Ok(delivered) => self.done(delivery, &delivered, seconds),
+        match sent {
+            Ok((delivery, delivered)) => self.done(&delivery, &delivered, seconds),
             Err(failure) => {
-                if self.ui.json {
+                if self.ui.json && failure.kind != Kind::Usage {
                     self.ui.json_line(&json!({
                         "event": "failed",
                         "bytes": self.bytes,

@@ -263,6 +263,10 @@ async fn an_unreachable_host_ends_with_125() {
     assert_eq!(said.failed(125).part("error"), Some("cannot reach `web-1`"));
     let said = machine.peer("exec nobody -- ls").await;
     assert_eq!(said.failed(125).part("error"), Some("cannot reach `nobody`"));
+    for machine in [machine, Machine::new()] {
+        let said = machine.peer("exec nobody --json -- ls").await;
+        assert_eq!((said.code, &said.json()[0]["state"]), (Some(125), &"unreachable".into()));
+    }
 }
 
 #[tokio::test]
@@ -281,6 +285,10 @@ async fn end_states_lead_to_the_agreed_exit_codes() {
             })
         });
         assert_eq!(machine.peer("exec web-1 -- x").await.code, Some(code));
+        let said = machine.peer("exec web-1 --json -- x").await;
+        let event = said.json().pop().expect("an event");
+        assert_eq!((said.code, &event["event"]), (Some(code), &"exit".into()));
+        assert_eq!(event["error"].is_string(), code == 125, "{event}");
     }
 }
 

@@ -150,6 +150,8 @@ async fn a_target_that_matches_nobody_ends_with_2() {
     let (machine, asked, _) = fleet(three(), Answers::new());
     let said = machine.peer("fleet exec --target db -- x").await;
     assert_eq!(said.failed(2).part("error"), Some("no host matches `db`"));
+    let said = machine.peer("fleet exec --target db --json -- x").await;
+    assert_eq!((said.code, &said.json()[0]["summary"]["hosts"]), (Some(2), &0.into()));
     assert!(asked.lock().expect("not poisoned").is_empty());
 }
 

@@ -155,7 +155,14 @@ async fn what_cannot_be_sent_from_here_is_told_before_anybody_is_asked() {
     let said = machine.peer("send-file folder web-1:").await;
     assert!(said.failed(1).part("hint").is_some_and(|hint| hint.contains("tar")), "{said:?}");
     let said = machine.peer("send-file missing web-1:").await;
-    assert_eq!((said.code, said.part("error")), (Some(1), Some("cannot read missing")));
+    assert_eq!(said.failed(1).part("error"), Some("cannot read missing"));
+    assert!(said.part("hint").is_some_and(|hint| hint.contains("spelling")), "{said:?}");
+    for line in ["send-file folder web-1: --json", "send-file missing web-1: --json"] {
+        let said = machine.peer(line).await;
+        let event = said.json().pop().expect("an event");
+        assert_eq!((said.code, &event["event"], &event["bytes"]), (Some(1), &"failed".into(), &0.into()), "{said:?}");
+        assert!(event["error"].as_str().is_some_and(|error| error.starts_with("cannot ")), "{event}");
+    }
     assert_eq!(
         machine.peer("send-file ./a:b ./c:d").await.failed(2).part("error"),
         Some("both ends are on this machine")

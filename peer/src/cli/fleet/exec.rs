@@ -78,6 +78,9 @@ impl Exec {
         let known = hosts.len();
         let chosen = fleet::choose(hosts, &self.target);
         if chosen.is_empty() {
+            if context.ui.json {
+                Printer::new(context.ui, &chosen, false).finish()?;
+            }
             return Err(nobody(&self.target, known));
         }
         let (timeout, concurrency) = (self.timeout.0, usize::from(self.concurrency));
