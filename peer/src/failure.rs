@@ -152,13 +152,13 @@ impl Failure {
         if failure.hint.is_empty() { told } else { told.hint(failure.hint) }
     }
 
-    /// Why asking `host` led to nothing.
+    /// Why asking `host` to do something led to nothing.
     pub fn from_ask(host: &str, fault: AskFault) -> Self {
         let told = |what: &str| Self::unreachable(format!("{what} `{host}`")).cause(fault);
         match fault {
             AskFault::Unreachable => told("cannot reach")
-                .hint("`peer ls` shows who answers; a machine that was switched off is listed until the relay notices"),
-            AskFault::Lost => told("lost").hint(format!(
+                .hint("`peer status` tells whether this machine is in the room, `peer ls` who else answers there"),
+            AskFault::Lost => told("lost").cause("it gave no answer, and may have done what it was asked").hint(format!(
                 "its peer or the way to it failed: when `peer ls` shows it again, `peer jobs {host}` tells what ran there"
             )),
             AskFault::DeadlineExceeded => told("no answer from").hint("try again, or allow more time with --timeout"),
@@ -166,6 +166,18 @@ impl Failure {
             AskFault::TooLarge => Self::fixable(format!("cannot ask `{host}`"))
                 .cause(fault)
                 .hint("shorten the command and its environment: together they may have 60 KiB"),
+        }
+    }
+
+    /// Likewise of a question that changes nothing there.
+    pub fn from_question(host: &str, fault: AskFault) -> Self {
+        match fault {
+            AskFault::Lost => Self::unreachable(format!("no answer from `{host}`"))
+                .cause("its peer or the way to it failed")
+                .hint("`peer ls` shows who answers; a machine that was switched off is listed until the relay notices"),
+            AskFault::Unreachable | AskFault::DeadlineExceeded | AskFault::TooLarge | AskFault::Busy => {
+                Self::from_ask(host, fault)
+            }
         }
     }
 
@@ -210,6 +222,16 @@ mod tests {
         assert_eq!(Failure::from_ask("web-1", AskFault::Unreachable).not_run().exit_code(), 125);
         assert_eq!(Failure::usage("x").not_run().exit_code(), 125);
         assert_eq!(Failure::broken_pipe().not_run().exit_code(), 141);
+    }
+
+    #[test]
+    fn a_command_that_may_have_run_is_told_as_that_and_a_question_is_not() {
+        let lost = Failure::from_ask("web-1", AskFault::Lost);
+        assert!(lost.cause.is_some_and(|cause| cause.contains("may have")));
+        assert!(lost.hint.is_some_and(|hint| hint.contains("`peer jobs web-1`")));
+        let lost = Failure::from_question("web-1", AskFault::Lost);
+        assert_eq!((lost.exit_code(), lost.what.as_str()), (3, "no answer from `web-1`"));
+        assert!(lost.cause.is_some_and(|cause| !cause.contains("may have")));
     }
 
     #[test]

@@ -147,7 +147,7 @@ pub enum AskFault {
     #[error("it cannot be reached")]
     Unreachable,
     /// The host took it, or may have; then it went away, said nothing in time, or knows nothing of it any more.
-    #[error("it gave no answer, and may have carried out the request")]
+    #[error("it gave no answer")]
     Lost,
     /// The host took it, but gave no outcome in time.
     #[error("it gave no answer in time")]

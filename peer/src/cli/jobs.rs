@@ -64,7 +64,7 @@ pub(super) async fn list(client: &Client, host: &Host) -> Result<Vec<JobSummary>
             Err(Failure::from_host(format!("cannot list jobs of `{}`", host.name()), failure))
         }
         Ok(_) => Err(Failure::odd_answer(host.name())),
-        Err(fault) => Err(Failure::from_ask(host.name(), fault)),
+        Err(fault) => Err(Failure::from_question(host.name(), fault)),
     }
 }
 

@@ -174,7 +174,7 @@ async fn offered(
         Place::There { host, .. } => client
             .ask(instance, &offer, OFFER_DEADLINE)
             .await
-            .map_err(|fault| Setback::Lost(Failure::from_ask(host.name(), fault)))?,
+            .map_err(|fault| Setback::Lost(Failure::from_question(host.name(), fault)))?,
     };
     if let Outcome::Offered(offered) = outcome {
         return Ok(offered);
