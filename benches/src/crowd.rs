@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use peerfleet_peer::{
     access::Policy,
     exec::{Jobs, JobsConfig},
-    mesh::{Mesh, MeshConfig, RelayUrl, UplinkState},
+    mesh::{DialConfig, Mesh, MeshConfig, RelayUrl, UplinkState},
     random::{self, SystemRandom},
     serve::Services,
     store::Store,
@@ -93,6 +93,7 @@ impl Crowd {
             epoch: Epoch([0; 16]),
         };
         let config = MeshConfig {
+            dial: DialConfig::default(),
             relay: self.relay.clone(),
             keys: Arc::clone(&self.keys),
             identity: StaticSecret::from(random::bytes()),

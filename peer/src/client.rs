@@ -87,8 +87,10 @@ impl Client {
             Err(why) if nobody(&hosts) => {
                 let status = self.status().await?;
                 Err(Failure::unreachable(format!("cannot join room `{}` on {}", status.room, status.relay))
-                    .cause(why)
-                    .hint("is the relay running and its address right? --relay or PEER_RELAY names another one"))
+                    .hint(why.hint.clone().unwrap_or_else(|| {
+                        "is the relay running and its address right? --relay or PEER_RELAY names another one".to_owned()
+                    }))
+                    .cause(why))
             }
             Ok(()) | Err(_) => Ok(hosts),
         }

@@ -3,7 +3,7 @@
 //! In: requests and streams that services and front doors want, and what the relay and the UDP socket bring. Out:
 //! outcomes, streams, and calls of [`Serve`] for what others ask. It knows no service.
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use peerfleet_proto::{
     id::{InstanceId, PeerId, RequestId},
@@ -44,7 +44,9 @@ mod uplink;
 mod views;
 mod wire;
 
-pub use dial::{InvalidRelayUrl, RelayUrl};
+pub use dial::{
+    Authorities, DialConfig, InvalidAuthorities, InvalidProxy, InvalidRelayUrl, Proxy, ProxyChoice, RelayUrl,
+};
 pub use peerfleet_proto::exchange::AskFault;
 pub use stream::Stream;
 
@@ -99,8 +101,8 @@ pub struct PeerEntry {
 pub struct Roster {
     /// How the connection to the relay stands.
     pub uplink: UplinkState,
-    /// Why the room was not joined at the last try, in words.
-    pub trouble: Option<String>,
+    /// Why the room was not joined at the last try.
+    pub trouble: Option<NotJoined>,
     /// The other instances, by identity and process.
     pub peers: Vec<PeerEntry>,
 }
@@ -151,15 +153,29 @@ pub struct Drops {
     pub stray: u64,
 }
 
-/// The mesh stopped, or was never joined in time.
+/// Why the room is not joined.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{0}")]
-pub struct NotJoined(pub String);
+#[error("{cause}")]
+pub struct NotJoined {
+    /// Why.
+    pub cause: String,
+    /// What to do about it, where more is known than that the relay cannot be reached.
+    pub hint: Option<String>,
+}
+
+impl NotJoined {
+    /// A cause that says all that is known.
+    pub(crate) fn because(cause: impl fmt::Display) -> Self {
+        Self { cause: cause.to_string(), hint: None }
+    }
+}
 
 /// What an instance is made of.
 pub struct MeshConfig {
     /// Where the relay is.
     pub relay: RelayUrl,
+    /// What it is dialled with.
+    pub dial: DialConfig,
     /// The room's keys.
     pub keys: Arc<RoomKeys>,
     /// The machine's identity.
@@ -213,10 +229,12 @@ impl Mesh {
         let joined = roster.wait_for(|roster| roster.uplink == UplinkState::Joined);
         match tokio::time::timeout(timeout, joined).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(_)) => Err(NotJoined("this instance has left the room".into())),
+            Ok(Err(_)) => Err(NotJoined::because("this instance has left the room")),
             Err(_) => {
                 let trouble = self.0.roster.borrow().trouble.clone();
-                Err(NotJoined(trouble.unwrap_or_else(|| format!("no answer within {} s", timeout.as_secs_f32()))))
+                Err(trouble.unwrap_or_else(|| {
+                    NotJoined::because(format_args!("no answer within {} s", timeout.as_secs_f32()))
+                }))
             }
         }
     }

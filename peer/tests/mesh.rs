@@ -10,7 +10,9 @@ use std::{
 
 use bytes::Bytes;
 use peerfleet_peer::{
-    mesh::{AskFault, AskProgress, BoxFuture, Caller, Mesh, MeshConfig, Roster, Serve, Stream, UplinkState},
+    mesh::{
+        AskFault, AskProgress, BoxFuture, Caller, DialConfig, Mesh, MeshConfig, Roster, Serve, Stream, UplinkState,
+    },
     random::SystemRandom,
 };
 use peerfleet_proto::{
@@ -233,7 +235,7 @@ async fn whoever_cannot_join_is_told_why() {
     let mut relay = TestRelay::start();
     relay.kill().await;
     let refused = relay.mesh(1).joined(Duration::from_secs(1)).await.unwrap_err();
-    assert!(refused.0.contains("refused"), "{refused}");
+    assert!(refused.cause.contains("refused"), "{refused}");
 }
 
 /// Says "done" to pings, refuses everything else, and echoes streams.
@@ -309,6 +311,7 @@ impl TestRelay {
 
     fn mesh_with(&self, seed: u8, udp: bool) -> Mesh {
         let config = MeshConfig {
+            dial: DialConfig::default(),
             relay: format!("ws://{}", self.address).parse().unwrap(),
             keys: keys(),
             identity: StaticSecret::from([seed; 32]),

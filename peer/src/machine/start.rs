@@ -18,7 +18,7 @@ use crate::{
     exec::{Jobs, JobsConfig},
     failure::{Failure, Result},
     identity::Identity,
-    mesh::{Mesh, MeshConfig},
+    mesh::{DialConfig, Mesh, MeshConfig},
     store::Store,
     transfer::Transfers,
 };
@@ -112,6 +112,7 @@ async fn connect(
     let for_here = services::for_here(transfers, Arc::clone(&cell));
     let config = MeshConfig {
         relay: config.relay.value.clone(),
+        dial: DialConfig::default(),
         keys,
         identity: identity.secret().clone(),
         presence,

@@ -27,7 +27,7 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::{
-    AskFault, AskProgress, Caller, MeshConfig, OpenFault, Roster, Serve, UplinkState,
+    AskFault, AskProgress, Caller, MeshConfig, NotJoined, OpenFault, Roster, Serve, UplinkState,
     agreement::{Book, Reply},
     asks::{Asks, Waiting},
     heads::LinkHandle,
@@ -109,7 +109,7 @@ pub(super) struct Actor {
     uplink: Uplink,
     line: Line,
     relay: Vec<SocketAddr>,
-    line_trouble: Option<String>,
+    line_trouble: Option<NotJoined>,
     outgoing: Option<ToRelay>,
     presence: Presence,
     sealer: PresenceSealer,
@@ -187,7 +187,7 @@ impl Actor {
             serve,
             rng,
             uplink,
-            line: Line::new(config.relay, Arc::clone(&switch)),
+            line: Line::new(config.relay, config.dial, Arc::clone(&switch)),
             relay: Vec::new(),
             line_trouble: None,
             outgoing: None,

@@ -17,7 +17,7 @@ use peerfleet_proto::{
 };
 use tokio::sync::watch;
 
-use super::{PeerEntry, Roster, UplinkState, agreement::Book};
+use super::{NotJoined, PeerEntry, Roster, UplinkState, agreement::Book};
 
 /// Time between two rosters.
 const PUBLISH_EVERY: Duration = Duration::from_millis(10);
@@ -37,7 +37,7 @@ pub(super) struct Member {
 pub(super) struct Members {
     known: BTreeMap<InstanceId, Member>,
     uplink: UplinkState,
-    trouble: Option<String>,
+    trouble: Option<NotJoined>,
     roster: watch::Sender<Arc<Roster>>,
     publish_at: Option<Instant>,
     published: Option<Instant>,
@@ -85,7 +85,7 @@ impl Members {
     }
 
     /// We are not in the room, for this reason.
-    pub(super) fn set_lost(&mut self, trouble: String, now: Instant) {
+    pub(super) fn set_lost(&mut self, trouble: NotJoined, now: Instant) {
         self.uplink = UplinkState::Joining;
         self.trouble = Some(trouble);
         self.known.values_mut().for_each(|member| member.slot = None);

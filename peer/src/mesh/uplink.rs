@@ -15,7 +15,8 @@ use tokio::{
 };
 
 use super::{
-    dial::{DialFault, Dialled, RelayUrl, dial},
+    NotJoined,
+    dial::{DialConfig, DialFault, Dialled, RelayUrl, dial},
     socket::Switch,
     wire::{FromRelay, INBOUND_FRAMES, ToRelay, Wire, WireFault},
 };
@@ -35,13 +36,14 @@ pub(super) enum LineEvent {
     Frame(RelayFrame),
     /// The relay gave a sign of life.
     Heard,
-    /// It ended, or could not be made; why, in words.
-    Ended(String),
+    /// It ended, or could not be made.
+    Ended(NotJoined),
 }
 
 /// The line.
 pub(super) struct Line {
     url: RelayUrl,
+    config: Arc<DialConfig>,
     switch: Arc<Switch>,
     state: State,
 }
@@ -54,15 +56,15 @@ enum State {
 
 impl Line {
     /// A line that is not connected.
-    pub(super) fn new(url: RelayUrl, switch: Arc<Switch>) -> Self {
-        Self { url, switch, state: State::Idle }
+    pub(super) fn new(url: RelayUrl, config: DialConfig, switch: Arc<Switch>) -> Self {
+        Self { url, config: Arc::new(config), switch, state: State::Idle }
     }
 
     /// Starts to connect.
     pub(super) fn connect(&mut self) {
         self.cut();
-        let url = self.url.clone();
-        self.state = State::Dialling(tokio::spawn(async move { dial(&url).await }));
+        let (url, config) = (self.url.clone(), Arc::clone(&self.config));
+        self.state = State::Dialling(tokio::spawn(async move { dial(&url, &config).await }));
     }
 
     /// Ends the connection, or the try to make one, at once.
@@ -114,7 +116,7 @@ impl Line {
             State::Idle => pending().await,
             State::Dialling(dialling) => {
                 let dialled = dialling.await;
-                self.dialled(dialled.unwrap_or(Err(DialFault::Deadline)))
+                self.dialled(dialled.unwrap_or(Err(DialFault::Stopped)))
             }
             State::Up { inbound, wire, .. } => match inbound.recv().await {
                 Some(FromRelay::Frame(frame)) => LineEvent::Frame(frame),
@@ -122,7 +124,7 @@ impl Line {
                 None => {
                     let why = wire.await.map_or_else(|error| error.to_string(), |fault| fault.to_string());
                     self.state = State::Idle;
-                    LineEvent::Ended(why)
+                    LineEvent::Ended(NotJoined::because(why))
                 }
             },
         }
@@ -148,7 +150,7 @@ impl Line {
             }
             Err(fault) => {
                 self.state = State::Idle;
-                LineEvent::Ended(fault.to_string())
+                LineEvent::Ended(NotJoined { cause: fault.to_string(), hint: Some(fault.hint()) })
             }
         }
     }

@@ -16,13 +16,10 @@ use std::{
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
 use peerfleet_proto::{fault::Malformed, wire::relay::RelayFrame};
-use tokio::{net::TcpStream, sync::mpsc};
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{self, Message},
-};
+use tokio::sync::mpsc;
+use tokio_tungstenite::tungstenite::{self, Message};
 
-use super::socket::Switch;
+use super::{dial::RelaySocket, socket::Switch};
 
 /// Frames read in one turn before writing gets its turn.
 const READ_BUDGET: usize = 64;
@@ -70,7 +67,7 @@ pub(super) enum WireFault {
 
 /// The task's state.
 pub(super) struct Wire {
-    socket: WebSocketStream<TcpStream>,
+    socket: RelaySocket,
     switch: Arc<Switch>,
     outbound: mpsc::Receiver<ToRelay>,
     inbound: mpsc::Sender<FromRelay>,
@@ -82,7 +79,7 @@ pub(super) struct Wire {
 impl Wire {
     /// Takes a WebSocket; dropping the other end of `outbound` closes it in good order.
     pub(super) fn new(
-        socket: WebSocketStream<TcpStream>,
+        socket: RelaySocket,
         switch: Arc<Switch>,
         outbound: mpsc::Receiver<ToRelay>,
         inbound: mpsc::Sender<FromRelay>,

@@ -11,7 +11,7 @@ use peerfleet_proto::{
 };
 
 use super::{Actor, LineEvent};
-use crate::mesh::{Caller, roster::Member, wire::ToRelay};
+use crate::mesh::{Caller, NotJoined, roster::Member, wire::ToRelay};
 
 impl Actor {
     /// Something happened on the line to the relay.
@@ -23,7 +23,7 @@ impl Actor {
             }
             LineEvent::Heard => self.uplink.handle_heard(now),
             LineEvent::Ended(why) => {
-                tracing::debug!(%why, "no connection to the relay");
+                tracing::debug!(cause = %why, hint = why.hint, "no connection to the relay");
                 self.line_trouble = Some(why);
                 self.uplink.handle_disconnected(now, &mut self.rng);
             }
@@ -110,8 +110,8 @@ impl Actor {
             LostReason::NoConnection | LostReason::Broken => self.line_trouble.take(),
             LostReason::Silent | LostReason::Closed(_) | LostReason::Drained | LostReason::Misbehaved => None,
         };
-        let trouble = trouble.unwrap_or_else(|| reason.to_string());
-        tracing::info!(%trouble, "not in the room; trying to come back");
+        let trouble = trouble.unwrap_or_else(|| NotJoined::because(reason));
+        tracing::info!(%trouble, hint = trouble.hint, "not in the room; trying to come back");
         self.exchange.uplink_lost();
         self.book.clear_slots();
         self.members.set_lost(trouble, now);
