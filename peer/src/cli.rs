@@ -7,9 +7,10 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::{
-    config::{RelayUrl, RoomName, TokenText},
+    config::{ProxyChoice, RelayUrl, RoomName, TokenText},
     env::{self, Env},
     failure::Result,
+    mesh::InvalidProxy,
     ui::Ui,
 };
 
@@ -52,6 +53,7 @@ const EXAMPLES: &str = "\
 Examples:
   peer up                                             start a relay and this machine's peer
   PEER_TOKEN=pft1-… peer run --relay ws://192.168.1.5:8080    join from another machine
+  peer run --relay wss://example.net/fleet --token-file ./token    likewise, by TLS on port 443
   peer ls                                             who is there
   peer exec web-1 -- uname -a                         run a command on one host
   peer fleet exec --target 'web & os:linux' -- uptime      run it on many
@@ -64,6 +66,13 @@ struct Global {
     /// Relay to go by [env: PEER_RELAY] [default: ws://127.0.0.1:8080]
     #[arg(long, global = true, value_name = "URL", help_heading = "Connection")]
     relay: Option<RelayUrl>,
+    /// HTTP proxy to reach the relay through, as in http://HOST:PORT, or `none` [env: PEER_PROXY] [default: HTTPS_PROXY,
+    /// HTTP_PROXY, ALL_PROXY and NO_PROXY]
+    #[arg(long, global = true, value_name = "URL", help_heading = "Connection", value_parser = proxy)]
+    proxy: Option<ProxyFlag>,
+    /// PEM file of certificate authorities to trust besides the system's [env: PEER_CA_FILE]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Connection")]
+    ca_file: Option<PathBuf>,
     /// Room to be in [env: PEER_ROOM] [default: home]
     #[arg(long, global = true, value_name = "NAME", help_heading = "Connection")]
     room: Option<RoomName>,
@@ -149,6 +158,13 @@ async fn run(cli: Cli, env: Env, ui: Ui) -> Result<u8> {
         Command::SendFile(send_file) => send_file.run(&context).await,
         Command::Completions(completions) => completions.run(&context, Cli::command()),
     }
+}
+
+/// What `--proxy` says. Its fault is told later, because the parser would repeat the text, which may hold a password.
+type ProxyFlag = std::result::Result<ProxyChoice, InvalidProxy>;
+
+fn proxy(text: &str) -> std::result::Result<ProxyFlag, std::convert::Infallible> {
+    Ok(text.parse())
 }
 
 fn token_text(text: &str) -> std::result::Result<TokenText, std::convert::Infallible> {

@@ -21,9 +21,12 @@ use crate::{
     state::{self, MAX_SMALL_FILE_BYTES, StateDir},
 };
 
+mod bypass;
+pub mod network;
 pub mod value;
 
-pub use crate::mesh::RelayUrl;
+pub use crate::mesh::{ProxyChoice, RelayUrl};
+pub use network::Network;
 pub use value::{HostName, RoomName, Tag, TokenText};
 
 /// The relay of this very machine: nothing else is contacted unless the user named it.
@@ -42,6 +45,11 @@ pub struct Layer {
     /// Where the relay is.
     #[serde(deserialize_with = "parsed")]
     pub relay: Option<RelayUrl>,
+    /// The proxy to reach it through, or none.
+    #[serde(deserialize_with = "parsed")]
+    pub proxy: Option<ProxyChoice>,
+    /// A file with certificate authorities to trust besides the system's.
+    pub ca_file: Option<PathBuf>,
     /// What the room is called.
     #[serde(deserialize_with = "parsed")]
     pub room: Option<RoomName>,
@@ -128,6 +136,8 @@ pub enum TokenSource {
 pub struct Config {
     /// Where the relay is.
     pub relay: Sourced<RelayUrl>,
+    /// How to get there.
+    pub network: Network,
     /// What the room is called.
     pub room: Sourced<RoomName>,
     /// Where the token is to be had, if anybody said.
@@ -163,6 +173,7 @@ impl Config {
         Ok(Self {
             relay: pick(&layers, |layer| layer.relay.clone(), "--relay", env::RELAY)
                 .unwrap_or_else(|| by_default(DEFAULT_RELAY.parse().expect("the default relay is a relay's URL"))),
+            network: Network::new(&layers, env),
             room: pick(&layers, |layer| layer.room.clone(), "--room", env::ROOM)
                 .unwrap_or_else(|| by_default(DEFAULT_ROOM.parse().expect("the default room has a room's name"))),
             token: token(&layers)?,
@@ -295,6 +306,8 @@ fn system_name() -> HostName {
 fn from_environment(env: &Env) -> Result<Layer> {
     Ok(Layer {
         relay: variable(env, env::RELAY)?,
+        proxy: variable(env, env::PROXY)?,
+        ca_file: env.path(env::CA_FILE),
         room: variable(env, env::ROOM)?,
         token: env.text(env::TOKEN)?.map(TokenText::from),
         token_file: env.path(env::TOKEN_FILE),
@@ -346,12 +359,20 @@ fn from_file(flag: Option<&Path>, env: &Env) -> Result<(Layer, Option<PathBuf>)>
         }
     };
     let layer = parse_file(&text, &path)?;
-    if layer.token.is_some() && state::is_world_readable(&path) {
+    if let Some(secret) = secret_in(&layer)
+        && state::is_world_readable(&path)
+    {
         return Err(Failure::fixable(format!("will not use {}", path.display()))
-            .cause("it holds the token, and everybody may read it")
-            .hint(format!("run `chmod 600 {}`, or use token-file in it", path.display())));
+            .cause(format!("it holds {secret}, and everybody may read it"))
+            .hint(format!("run `chmod 600 {}`, or keep that elsewhere (token-file, PEER_PROXY)", path.display())));
     }
     Ok((layer, Some(path)))
+}
+
+/// What a file says that not everybody may know.
+fn secret_in(layer: &Layer) -> Option<&'static str> {
+    let has_password = matches!(&layer.proxy, Some(ProxyChoice::Through(proxy)) if proxy.has_credentials());
+    if layer.token.is_some() { Some("the token") } else { has_password.then_some("a proxy's password") }
 }
 
 fn parse_file(text: &str, path: &Path) -> Result<Layer> {

@@ -1,4 +1,5 @@
-//! Every environment variable that the peer reads, and nothing else reads any.
+//! Every environment variable that the peer reads, and nothing else reads any: but for `SSL_CERT_FILE` and `SSL_CERT_DIR`,
+//! which put other certificate authorities in the place of the system's, and which the library that finds those reads.
 //!
 //! In: the process's environment, or a map in tests. Out: texts; a variable that is set but empty counts as unset.
 
@@ -12,6 +13,18 @@ pub const TOKEN: &str = "PEER_TOKEN";
 pub const TOKEN_FILE: &str = "PEER_TOKEN_FILE";
 /// URL of the relay.
 pub const RELAY: &str = "PEER_RELAY";
+/// Proxy to reach the relay through, as in `http://USER:PASSWORD@HOST:PORT`, or `none`; goes before the shared ones below.
+pub const PROXY: &str = "PEER_PROXY";
+/// A PEM file with certificate authorities to trust besides the system's.
+pub const CA_FILE: &str = "PEER_CA_FILE";
+/// Proxy for `wss://` relays, as many programs read it. Of these pairs lower case goes first, as it does with curl.
+pub const HTTPS_PROXY: [&str; 2] = ["https_proxy", "HTTPS_PROXY"];
+/// Likewise, for `ws://` relays.
+pub const HTTP_PROXY: [&str; 2] = ["http_proxy", "HTTP_PROXY"];
+/// Likewise, for relays of which the two above say nothing.
+pub const ALL_PROXY: [&str; 2] = ["all_proxy", "ALL_PROXY"];
+/// Hosts that the three above are not for, separated by commas.
+pub const NO_PROXY: [&str; 2] = ["no_proxy", "NO_PROXY"];
 /// Name of the room.
 pub const ROOM: &str = "PEER_ROOM";
 /// This machine's name in the room.
@@ -41,10 +54,20 @@ pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
 /// Where sockets go; the state folder if unset.
 pub const XDG_RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
 
-const ALL: [&str; 17] = [
+const ALL: [&str; 27] = [
     TOKEN,
     TOKEN_FILE,
     RELAY,
+    PROXY,
+    CA_FILE,
+    HTTPS_PROXY[0],
+    HTTPS_PROXY[1],
+    HTTP_PROXY[0],
+    HTTP_PROXY[1],
+    ALL_PROXY[0],
+    ALL_PROXY[1],
+    NO_PROXY[0],
+    NO_PROXY[1],
     ROOM,
     NAME,
     TAGS,

@@ -6,9 +6,9 @@ use tracing_subscriber::EnvFilter;
 use super::Global;
 use crate::{
     client::{self, Client},
-    config::{Config, Layer},
+    config::{Config, Layer, ProxyChoice},
     env::{self, Env},
-    failure::Result,
+    failure::{Failure, Result},
     ui::Ui,
 };
 
@@ -24,14 +24,22 @@ impl Context {
         if global.token.is_some() {
             ui.detail("other users of this machine can see --token in the list of processes; --token-file hides it");
         }
+        if matches!(&global.proxy, Some(Ok(ProxyChoice::Through(proxy))) if proxy.has_credentials()) {
+            ui.detail("other users of this machine can see --proxy in the list of processes; PEER_PROXY hides it");
+        }
         Self { ui, env, global }
     }
 
     /// The configuration, with these flags of the command besides the global ones.
     pub(super) fn config(&self, flags: Layer) -> Result<Config> {
         let global = &self.global;
+        let proxy = global.proxy.clone().transpose().map_err(|fault| {
+            Failure::usage("cannot use --proxy").cause(fault).hint("`--proxy none` goes without one")
+        })?;
         let flags = Layer {
             relay: global.relay.clone(),
+            proxy,
+            ca_file: global.ca_file.clone(),
             room: global.room.clone(),
             token: global.token.clone(),
             token_file: global.token_file.clone(),
@@ -41,7 +49,7 @@ impl Context {
         Config::resolve(&flags, global.config.as_deref(), &self.env)
     }
 
-    /// The way to the mesh: through the daemon, or by an instance of our own if a flag names another room or relay.
+    /// The way to the mesh: through the daemon, or by an instance of our own if a flag names another room, relay or way.
     pub(super) async fn client(&self) -> Result<Client> {
         let config = self.config(Layer::default())?;
         self.log("off")?;
@@ -65,15 +73,21 @@ impl Context {
         Ok(token)
     }
 
-    /// Whether a flag names a room to join.
+    /// Whether a flag names a room to join, or the way to it.
     pub(super) fn names_a_room(&self) -> bool {
-        let Global { relay, room, token, token_file, .. } = &self.global;
-        relay.is_some() || room.is_some() || token.is_some() || token_file.is_some()
+        let Global { relay, proxy, ca_file, room, token, token_file, .. } = &self.global;
+        let way = relay.is_some() || proxy.is_some() || ca_file.is_some();
+        way || room.is_some() || token.is_some() || token_file.is_some()
     }
 
     /// Whether a flag names a relay.
     pub(super) fn names_a_relay(&self) -> bool {
         self.global.relay.is_some()
+    }
+
+    /// Whether a flag names a proxy or authorities.
+    pub(super) fn names_a_way(&self) -> bool {
+        self.global.proxy.is_some() || self.global.ca_file.is_some()
     }
 
     /// Starts logging to standard error; what, is told by `PEER_LOG`, else by -v, else by the command.
@@ -85,7 +99,7 @@ impl Context {
         };
         let filter = self.env.text(env::LOG)?.unwrap_or_else(|| verbose.to_owned());
         let filter = EnvFilter::try_new(&filter).map_err(|fault| {
-            crate::failure::Failure::fixable(format!("cannot use {}", env::LOG))
+            Failure::fixable(format!("cannot use {}", env::LOG))
                 .cause(fault)
                 .hint("write it as in `info` or `peerfleet_peer=debug`")
         })?;

@@ -24,6 +24,8 @@ const EXAMPLES: &str = "\
 Examples:
   PEER_TOKEN=pft1-… peer run --relay ws://192.168.1.5:8080 --room home
   peer run --token-file /etc/peerfleet/token --name web-1 --tags web,eu --mode bypass
+  peer run --relay wss://example.net/fleet --ca-file ./ca.pem    by TLS, with a certificate of your own
+  PEER_PROXY=http://user:secret@proxy:3128 peer run --relay wss://example.net    out through a proxy
   peer run --state-dir ~/second-peer --name second      a second peer on this machine";
 
 // Flags of a peer that others see. No doc comment: clap would show it as the description of the command.
@@ -71,8 +73,10 @@ impl Run {
 /// Says as what this machine goes into which room.
 pub(super) fn announce(context: &Context, config: &Config, daemon: &Daemon) {
     let me = daemon.machine().me();
+    let proxy = config.network.proxy_for(&config.relay.value).ok().flatten();
+    let through = proxy.map(|proxy| format!(" through {} ({})", proxy.value, proxy.origin)).unwrap_or_default();
     context.ui.note(&format!(
-        "`{}` ({}) goes into room `{}` on {}, mode {} ({})",
+        "`{}` ({}) goes into room `{}` on {}{through}, mode {} ({})",
         config.name.value,
         me.peer.short(),
         config.room.value,

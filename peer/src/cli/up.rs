@@ -52,7 +52,13 @@ impl Up {
                 .cause("--relay names another one")
                 .hint("to join that one, use `peer run`; to choose our own relay's address, use --bind"));
         }
+        if context.names_a_way() {
+            return Err(Failure::usage("`peer up` needs no way to a relay")
+                .cause("--proxy and --ca-file are for relays elsewhere, and it runs one of its own")
+                .hint("leave them out here; on the other machines they belong to `peer run`"));
+        }
         let mut config = context.config(self.host.layer())?;
+        config.network.go_directly();
         context.log("warn")?;
         let lock = Daemon::lock(&config)?;
         let token = if config.token.is_some() { context.token(&config)? } else { kept_token(&config)? };

@@ -27,9 +27,10 @@ use tokio::{
 };
 
 /// Variables of this process that no job sees: secrets of the peer, and what its service manager meant for it alone.
-const WITHHELD: [&str; 8] = [
+const WITHHELD: [&str; 9] = [
     "PEER_TOKEN",
     "PEER_TOKEN_FILE",
+    "PEER_PROXY",
     "NOTIFY_SOCKET",
     "WATCHDOG_PID",
     "WATCHDOG_USEC",

@@ -18,7 +18,7 @@ use crate::{
     exec::{Jobs, JobsConfig},
     failure::{Failure, Result},
     identity::Identity,
-    mesh::{DialConfig, Mesh, MeshConfig},
+    mesh::{Mesh, MeshConfig},
     store::Store,
     transfer::Transfers,
 };
@@ -107,12 +107,13 @@ async fn connect(
         tracing::debug!(lost, "jobs of the run before");
     }
     let transfers = Transfers::new(folder);
+    let dial = config.network.dial_config(&config.relay.value)?;
     let cell = MeshCell::default();
     let for_others = services::for_others(jobs.clone(), transfers.clone(), Arc::clone(&cell), policy, store);
     let for_here = services::for_here(transfers, Arc::clone(&cell));
     let config = MeshConfig {
         relay: config.relay.value.clone(),
-        dial: DialConfig::default(),
+        dial,
         keys,
         identity: identity.secret().clone(),
         presence,
