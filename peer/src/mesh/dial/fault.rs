@@ -185,7 +185,7 @@ fn tls_cause(f: &mut fmt::Formatter<'_>, party: &Party, fault: &TlsFault) -> fmt
         }
         TlsFault::OtherName { names } => write!(f, "the certificate of {party} is for other names: {names}"),
         TlsFault::Certificate(CertificateError::BadSignature) => {
-            write!(f, "the certificate of {party} has a signature that is not good")
+            write!(f, "the certificate of {party} names an authority trusted here, but was not signed with its key")
         }
         TlsFault::Certificate(cause) => write!(f, "the certificate of {party} is not good: {cause}"),
         TlsFault::NotTls => write!(f, "{party} does not speak TLS on that port"),
@@ -206,6 +206,9 @@ fn tls_hint(party: &Party, fault: &TlsFault) -> String {
         }
         TlsFault::UnknownIssuer { nobody_is_trusted: false } => {
             "if its authority is your own (or the company's), give its certificate with --ca-file or PEER_CA_FILE; else somebody may be in between".to_owned()
+        }
+        TlsFault::Certificate(CertificateError::BadSignature) => {
+            "was that authority made anew? give its certificate of today with --ca-file or PEER_CA_FILE; else somebody may be in between".to_owned()
         }
         TlsFault::OtherName { .. } => "use the name that the certificate has, or get one for this name".to_owned(),
         TlsFault::Certificate(_) => {
