@@ -124,16 +124,17 @@ async fn behind_a_proxy_the_relays_own_address_is_still_asked_by_stun() {
     let config = DialConfig { proxy: Some(named(&format!("http://{}", proxy.address))), ..DialConfig::default() };
     let url = format!("ws://{}", relay.address);
     let (one, other) = (mesh(&url, config.clone()), mesh(&url, config));
-    let there = other.me().instance;
-    one.roster().wait_for(|roster| roster.peers.iter().any(|peer| peer.instance == there)).await.unwrap();
-    assert!(one.wait_direct(there, DEADLINE).await);
+    is_asked_by_stun(&relay, &one, &other).await;
     assert!(!proxy.heads().is_empty());
-    let asked = async {
-        while relay.handle.stats().stun_answered == 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    timeout(DEADLINE, asked).await.expect("the responder was asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_behind_tls_is_asked_by_stun_at_its_own_port() {
+    let (relay, authority) = (TestRelay::start(), Authority::new());
+    let front = Server::tls(authority.server(&["127.0.0.1"], Span::Now), Manner::Forward(relay.address)).await;
+    let url = format!("wss://{}", front.address);
+    let (one, other) = (mesh(&url, trusting(&authority)), mesh(&url, trusting(&authority)));
+    is_asked_by_stun(&relay, &one, &other).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -281,6 +282,21 @@ async fn told(url: &str, config: DialConfig, cause: &str, hint: &str) {
     assert!(said.contains(cause), "{url}: `{said}` lacks `{cause}`");
     assert!(advice.contains(hint), "{url}: `{advice}` lacks `{hint}`");
     assert!(!format!("{said} {advice} {shown}").contains("qvxz-secret"), "{said} {advice} {shown}");
+}
+
+/// Makes a link, and waits until the relay's responder was asked for one end of it.
+async fn is_asked_by_stun(relay: &TestRelay, one: &Mesh, other: &Mesh) {
+    let there = other.me().instance;
+    let mut roster = one.roster();
+    let known = roster.wait_for(|roster| roster.peers.iter().any(|peer| peer.instance == there));
+    timeout(DEADLINE, known).await.unwrap().unwrap();
+    assert!(one.wait_direct(there, DEADLINE).await);
+    let asked = async {
+        while relay.handle.stats().stun_answered == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(DEADLINE, asked).await.expect("the responder was not asked");
 }
 
 async fn joins(mesh: &Mesh) {

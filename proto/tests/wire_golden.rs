@@ -136,8 +136,8 @@ golden! { words_of_the_relay: RelayToPeer {
         slot: Slot(300),
         observed: ipv4(),
         idle_timeout_ms: 90_000,
-        stun: true,
-    }), "01ac0200c0000201903f90bf0501";
+        stun: Some(8080),
+    }), "01ac0200c0000201903f90bf0501903f";
     RelayToPeer::Roster { .. } => RelayToPeer::Roster { members: vec![member()], last: true },
         "0201ac021111111111111111111111111111111111111111111111111111111111111111222222222222222222222222"
         "2222222202aabb01";

@@ -147,6 +147,11 @@ impl Socket {
         self.sent
     }
 
+    /// The port that the peer came in at.
+    pub(crate) fn local_port(&self) -> Option<u16> {
+        self.stream.local_addr().ok().map(|address| address.port())
+    }
+
     pub(crate) fn into_stream(self) -> TcpStream {
         self.stream
     }

@@ -121,8 +121,9 @@ pub struct Welcome {
     pub observed: SocketAddr,
     /// Silence after which the relay reaps the connection, in milliseconds.
     pub idle_timeout_ms: u32,
-    /// Whether a STUN responder answers on the same port number over UDP.
-    pub stun: bool,
+    /// The UDP port on which a STUN responder answers, if one does. It is the relay's own and not always the one that was
+    /// dialled: what ends TLS for a relay listens elsewhere.
+    pub stun: Option<u16>,
 }
 
 /// One connection in the room.

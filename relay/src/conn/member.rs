@@ -86,7 +86,7 @@ impl Membership {
             slot: seat.slot(),
             observed: SocketAddr::new(remote.ip().to_canonical(), remote.port()),
             idle_timeout_ms: idle_timeout.as_millis().try_into().unwrap_or(u32::MAX),
-            stun: core.config.stun,
+            stun: core.config.stun.then(|| ws.get_ref().local_port()).flatten(),
         });
         ws.get_mut().outbox().push(wire(&control(&welcome)));
         debug!(%remote, room = short(seat.room()), slot = %seat.slot(), "joined");

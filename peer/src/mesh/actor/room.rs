@@ -1,6 +1,6 @@
 //! What the relay tells of the room, and the messages that pass through it.
 
-use std::time::Instant;
+use std::{net::SocketAddr, time::Instant};
 
 use peerfleet_proto::{
     exchange::{self, Address},
@@ -77,7 +77,7 @@ impl Actor {
     }
 
     fn joined(&mut self, welcome: &Welcome, now: Instant) {
-        let responders = if welcome.stun { self.relay.clone() } else { Vec::new() };
+        let responders = welcome.stun.map(|port| responders(&self.relay, port)).unwrap_or_default();
         self.paths.set_responders(responders, now);
     }
 
@@ -183,4 +183,12 @@ impl Actor {
             None => Outcome::Failed(Failure::new(FailureKind::NotFound, "there is no link", "offer one first")),
         }
     }
+}
+
+/// Where the relay's STUN responder may be: at its own port, where something in front of it was dialled; at the port
+/// dialled, where both were mapped to another one together.
+fn responders(relay: &[SocketAddr], port: u16) -> Vec<SocketAddr> {
+    let mut responders: Vec<SocketAddr> = relay.iter().map(|address| SocketAddr::new(address.ip(), port)).collect();
+    responders.extend(relay.iter().filter(|address| address.port() != port));
+    responders
 }
