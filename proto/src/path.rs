@@ -23,6 +23,7 @@ use crate::stun::{Class, Message, StunFault};
 pub mod candidate;
 pub mod check;
 pub mod direct;
+pub mod mapping;
 pub mod pair;
 pub mod reflexive;
 pub mod score;
@@ -30,6 +31,7 @@ pub mod transaction;
 
 pub use candidate::{Candidate, CandidateKind, Network, Reach};
 pub use check::{CheckKey, Role};
+pub use mapping::{Hairpin, Sampling};
 pub use reflexive::{Reflexive, ReflexiveEvent};
 
 use check::Codec;

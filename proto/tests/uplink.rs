@@ -398,7 +398,7 @@ impl Line {
 fn welcome(idle_timeout: Duration) -> Welcome {
     let observed = SocketAddr::from(([127, 0, 0, 1], 9));
     let idle_timeout_ms = u32::try_from(idle_timeout.as_millis()).expect("a short time");
-    Welcome { slot: Slot(100), observed, idle_timeout_ms, stun: Some(9) }
+    Welcome { slot: Slot(100), observed, idle_timeout_ms, stun: Some(9), stun_alternate: None }
 }
 
 fn instance(number: u8) -> InstanceId {

@@ -137,7 +137,8 @@ golden! { words_of_the_relay: RelayToPeer {
         observed: ipv4(),
         idle_timeout_ms: 90_000,
         stun: Some(8080),
-    }), "01ac0200c0000201903f90bf0501903f";
+        stun_alternate: Some(8081),
+    }), "01ac0200c0000201903f90bf0501903f01913f";
     RelayToPeer::Roster { .. } => RelayToPeer::Roster { members: vec![member()], last: true },
         "0201ac021111111111111111111111111111111111111111111111111111111111111111222222222222222222222222"
         "2222222202aabb01";

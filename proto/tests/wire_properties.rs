@@ -404,8 +404,15 @@ fn peer_to_relay() -> impl Strategy<Value = PeerToRelay> {
 
 fn relay_to_peer() -> impl Strategy<Value = RelayToPeer> {
     let challenge = any::<[[u8; 32]; 2]>().prop_map(|[ephemeral, nonce]| Challenge { ephemeral, nonce });
-    let welcome = (slot(), address(), any::<u32>(), any::<Option<u16>>())
-        .prop_map(|(slot, observed, idle_timeout_ms, stun)| Welcome { slot, observed, idle_timeout_ms, stun });
+    let welcome = (slot(), address(), any::<u32>(), any::<Option<u16>>(), any::<Option<u16>>()).prop_map(
+        |(slot, observed, idle_timeout_ms, stun, stun_alternate)| Welcome {
+            slot,
+            observed,
+            idle_timeout_ms,
+            stun,
+            stun_alternate,
+        },
+    );
     let refused = (slot(), any::<u32>(), one_of(&[RefusalReason::Gone, RefusalReason::QueueFull]))
         .prop_map(|(slot, tag, reason)| Refused { slot, tag, reason });
     prop_oneof![

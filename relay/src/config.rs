@@ -99,6 +99,11 @@ pub struct Options {
     #[arg(long, env = "RELAY_NO_STUN", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub no_stun: Option<bool>,
 
+    /// Answer STUN on this UDP port as well, so that peers can tell what kind of NAT they are behind; 0: any [default: the
+    /// port behind that of --bind]
+    #[arg(long, env = "RELAY_STUN_ALTERNATE_PORT", value_name = "PORT")]
+    pub stun_alternate_port: Option<u16>,
+
     /// Form of the log on stderr [default: text]
     #[arg(long, env = "RELAY_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
@@ -146,6 +151,9 @@ pub struct Config {
     pub relay_bytes: usize,
     /// Whether STUN is answered.
     pub stun: bool,
+    /// The second port that STUN is answered on; port 0 lets the system choose. `None`: the one behind the first, or
+    /// any if that is taken.
+    pub stun_alternate_port: Option<u16>,
 }
 
 impl Default for Config {
@@ -171,6 +179,7 @@ impl Default for Config {
             room_bytes: 64 << 20,
             relay_bytes: 512 << 20,
             stun: true,
+            stun_alternate_port: None,
         }
     }
 }
@@ -253,6 +262,7 @@ impl Options {
             room_queues: self.room_queues.or(beneath.room_queues),
             all_queues: self.all_queues.or(beneath.all_queues),
             no_stun: self.no_stun.or(beneath.no_stun),
+            stun_alternate_port: self.stun_alternate_port.or(beneath.stun_alternate_port),
             log_format: self.log_format.or(beneath.log_format),
             log_level: self.log_level.or(beneath.log_level),
         }
@@ -285,6 +295,7 @@ impl Options {
             room_bytes: size(self.room_queues, default.room_bytes),
             relay_bytes: size(self.all_queues, default.relay_bytes),
             stun: self.no_stun.map_or(default.stun, |no_stun| !no_stun),
+            stun_alternate_port: self.stun_alternate_port,
         };
         config.check()?;
         Ok(config)
@@ -299,6 +310,10 @@ impl Config {
     pub fn check(&self) -> Result<(), Invalid> {
         if self.bind.is_empty() {
             return Err(Invalid { option: "bind", rule: "must name at least one address".into() });
+        }
+        let is_main = |port| port != 0 && self.bind.iter().all(|address| address.port() == port);
+        if self.stun_alternate_port.is_some_and(is_main) {
+            return Err(Invalid { option: "stun-alternate-port", rule: "must be another than that of `bind`".into() });
         }
         let spans = [
             ("idle-timeout", self.idle_timeout),
@@ -460,6 +475,7 @@ mod tests {
             drain-timeout = '3s'\ndrain-jitter = '4s'\nmax-connections = 5\nmax-connections-per-address = 6
             max-connection-rate = 7\nmax-peers-per-room = 8\ncontrol-queue = '1GiB'\nmessage-queue = 1000000
             datagram-queue = '1000000B'\nroom-queues = '2MiB'\nall-queues = '3MiB'\nno-stun = true
+            stun-alternate-port = 3479
             log-format = 'json'\nlog-level = 'debug'";
         let options = Options::parse(text).unwrap();
         assert_eq!(options, options.clone().over(Options::parse("log-level = 'x'").unwrap()));
@@ -493,6 +509,7 @@ mod tests {
             ("idle-timeout = '0s'", "idle-timeout"),
             ("max-peers-per-room = 0", "max-peers-per-room"),
             ("datagram-queue = 10", "datagram-queue"),
+            ("bind = ['127.0.0.1:7', '[::1]:7']\nstun-alternate-port = 7", "stun-alternate-port"),
         ] {
             assert_eq!(Options::parse(text).unwrap().resolve().unwrap_err().option, option);
         }

@@ -15,12 +15,12 @@
 //! | who is in a room and who gets what | [`room`], and `rooms` around it |
 //! | what waits for a peer, and what happens when too much does | [`queue`] |
 //! | what is counted | [`metrics`] |
-//! | UDP | `stun` |
+//! | UDP | `stun`, and `alternate` for its second port |
 
 #![forbid(unsafe_code)]
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::Arc,
     task::Poll,
@@ -35,6 +35,7 @@ use tokio::{
 };
 use tracing::{debug, error, info, warn};
 
+mod alternate;
 pub mod cli;
 pub mod config;
 mod conn;
@@ -50,6 +51,7 @@ mod stun;
 
 pub use config::Config;
 
+use alternate::{Alternates, Main};
 use limits::{Census, Entry, Origin};
 use metrics::{CloseReason, Metrics, Stats};
 use peerfleet_proto::wire::relay::ClosingReason;
@@ -109,6 +111,8 @@ struct Core {
     rooms: Arc<Rooms>,
     metrics: Arc<Metrics>,
     started: Instant,
+    /// Second STUN ports by main port.
+    alternates: BTreeMap<u16, u16>,
     stop: watch::Sender<bool>,
 }
 
@@ -128,6 +132,11 @@ impl Core {
 
     fn health_json(&self) -> String {
         serde_json::to_string(&self.health()).expect("a struct of texts and numbers is representable in JSON")
+    }
+
+    /// The second STUN port of who came in at this port.
+    fn alternate(&self, port: u16) -> Option<u16> {
+        self.alternates.get(&port).copied()
     }
 
     /// Returns when the relay is to stop.
@@ -168,21 +177,27 @@ impl Handle {
 }
 
 impl Relay {
-    /// Listens on all addresses of the configuration, over TCP and, for STUN, over UDP on the same port.
+    /// Listens on all addresses of the configuration, over TCP and, for STUN, over UDP on the same port and a second one.
     ///
     /// # Errors
     /// [`RelayError`] for a configuration without sense or an address that cannot be had.
     pub fn bind(config: Config) -> Result<Self, RelayError> {
         config.check()?;
         let (mut listeners, mut responders, mut addresses) = (Vec::new(), Vec::new(), Vec::new());
+        let mut mains = Vec::new();
         for wanted in &config.bind {
             // [::] alone serves IPv4 as well; beside an IPv4 address on the same port it must leave that to the other.
             let only_v6 = config.bind.iter().any(|other| other.is_ipv4() && other.port() == wanted.port());
             let (listener, responder, address) = listen(*wanted, only_v6, config.stun)?;
             listeners.push(listener);
-            responders.extend(responder);
+            if let Some(responder) = responder {
+                responders.push(responder);
+                mains.push(Main { address, is_any_port: wanted.port() == 0, only_v6 });
+            }
             addresses.push(address);
         }
+        let Alternates { sockets, ports: alternates } = alternate::bind(&mains, config.stun_alternate_port)?;
+        responders.extend(sockets);
         let limits = RoomLimits {
             peers: config.peers_per_room,
             queues: config.queues,
@@ -194,6 +209,7 @@ impl Relay {
             rooms: Arc::new(Rooms::new(limits)),
             metrics: Arc::new(Metrics::new()),
             started: Instant::now(),
+            alternates,
             stop: watch::Sender::new(false),
         };
         Ok(Self { core: Arc::new(core), listeners, responders, addresses })
@@ -216,7 +232,7 @@ impl Relay {
         for responder in responders {
             stun.spawn(stun::respond(responder, core.metrics.clone()));
         }
-        info!(addresses = ?addresses, stun = core.config.stun, "relay listens");
+        info!(addresses = ?addresses, stun = core.config.stun, second_stun_ports = ?core.alternates, "relay listens");
         let mut lobby = Guests::new(core.clone());
         let mut turn = 0;
         loop {

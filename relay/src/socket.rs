@@ -129,6 +129,11 @@ impl Socket {
         Self { stream, outbox: Outbox::default(), ahead: Ahead::default(), busy: false, sent: 0, allowance: TURN_BYTES }
     }
 
+    /// The port that the peer came in at.
+    pub(crate) fn local_port(&self) -> Option<u16> {
+        self.stream.local_addr().ok().map(|address| address.port())
+    }
+
     pub(crate) fn outbox(&mut self) -> &mut Outbox {
         &mut self.outbox
     }
@@ -145,11 +150,6 @@ impl Socket {
 
     pub(crate) fn sent(&self) -> u64 {
         self.sent
-    }
-
-    /// The port that the peer came in at.
-    pub(crate) fn local_port(&self) -> Option<u16> {
-        self.stream.local_addr().ok().map(|address| address.port())
     }
 
     pub(crate) fn into_stream(self) -> TcpStream {

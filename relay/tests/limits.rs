@@ -165,6 +165,36 @@ async fn stun_answers_on_the_same_port_with_the_address_of_who_asks() {
     relay.until(|stats| stats.stun_answered == 1).await;
 }
 
+/// The port that a responder sees this socket under.
+async fn seen_by(responder: SocketAddr, socket: &UdpSocket) -> u16 {
+    socket.send_to(&binding_request(40), responder).await.unwrap();
+    let mut response = [0; 200];
+    let (len, from) = soon(socket.recv_from(&mut response)).await.unwrap();
+    assert_eq!((from, len), (responder, 40));
+    u16::from_be_bytes([response[26], response[27]]) ^ 0x2112
+}
+
+#[tokio::test]
+async fn stun_answers_on_the_second_port_that_the_welcome_names() {
+    let relay = TestRelay::start(config());
+    let (_peer, welcome, _) = TestPeer::join(relay.address, &room()).await;
+    let second = SocketAddr::new(relay.address.ip(), welcome.stun_alternate.unwrap());
+    assert_ne!(second, relay.address);
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let port = socket.local_addr().unwrap().port();
+    assert_eq!((seen_by(relay.address, &socket).await, seen_by(second, &socket).await), (port, port));
+    relay.until(|stats| stats.stun_answered == 2).await;
+    ask_stun(second, &binding_request(0), 1).await;
+    relay.until(|stats| stats.dropped(DropReason::StunTooShort) == 1).await;
+}
+
+#[tokio::test]
+async fn no_second_port_is_named_where_stun_is_not_answered() {
+    let relay = TestRelay::start(Config { stun: false, ..config() });
+    let (_peer, welcome, _) = TestPeer::join(relay.address, &room()).await;
+    assert_eq!((welcome.stun, welcome.stun_alternate), (false, None));
+}
+
 #[tokio::test]
 async fn sender_is_told_which_message_a_full_queue_refused() {
     let relay = TestRelay::start(tight());

@@ -3,6 +3,7 @@
 //! In: responders' addresses, their answers, whether any link needs the address, `now`. Out: binding requests, the addresses
 //! found, the next wake-up. It contacts nobody but the responders it was given, and trusts an answer only from the address
 //! that was asked and with the random id of a request that waits; every request has an id of its own.
+//! Witnesses are responders that are asked once: if they see another address, the NAT maps each destination anew.
 //! Per responder: asking ([`RETRANSMIT`]) -> known (asked again after [`REFRESH`] while a link needs it) or silent (asked again
 //! after [`RETRY_MIN`], doubling to [`RETRY_MAX`]).
 //! Bounds: [`MAX_RESPONDERS`]; requests as in [`super::transaction`].
@@ -16,6 +17,7 @@ use std::{
 use super::{
     Handled, Ignored, Transmit,
     candidate::{canonical, is_usable},
+    mapping::{Mapping, mapping},
     transaction::{Transactions, Unasked},
 };
 use crate::stun::{Class, Draft, Message};
@@ -39,14 +41,17 @@ pub const RETRY_MIN: Duration = Duration::from_secs(15);
 /// Longest pause after a responder gave no answer.
 pub const RETRY_MAX: Duration = Duration::from_secs(300);
 
-/// Most responders; further ones are ignored. A relay has an address of each family, perhaps two.
-pub const MAX_RESPONDERS: usize = 4;
+/// Most responders, and as many witnesses; further ones are ignored. A relay has an address of each family, perhaps two;
+/// the others are those that a user may name.
+pub const MAX_RESPONDERS: usize = 8;
 
 /// What happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReflexiveEvent {
     /// A responder sees us at this address, and did not say so before: [`Reflexive::addresses`] has changed.
     Found(SocketAddr),
+    /// The answers tell something else of the NAT than before, as [`Reflexive::mapping`] does.
+    Mapping(Mapping),
 }
 
 /// Finds our server-reflexive addresses. It asks once when it gets responders, and keeps asking while it is active.
@@ -56,6 +61,9 @@ pub enum ReflexiveEvent {
 #[derive(Debug)]
 pub struct Reflexive {
     responders: BTreeMap<SocketAddr, Responder>,
+    chosen: BTreeSet<SocketAddr>,
+    witnesses: BTreeSet<SocketAddr>,
+    mapping: Mapping,
     active: bool,
     transactions: Transactions,
     outbox: VecDeque<Transmit>,
@@ -81,6 +89,9 @@ impl Reflexive {
     pub fn new(seed: [u8; 32], now: Instant) -> Self {
         Self {
             responders: BTreeMap::new(),
+            chosen: BTreeSet::new(),
+            witnesses: BTreeSet::new(),
+            mapping: Mapping::Unknown,
             active: false,
             transactions: Transactions::new(seed),
             outbox: VecDeque::new(),
@@ -91,12 +102,24 @@ impl Reflexive {
 
     /// Whom to ask, in place of those before; new ones are asked at once.
     pub fn set_responders(&mut self, responders: &[SocketAddr], now: Instant) {
-        let usable = responders.iter().filter(|addr| is_usable(**addr)).map(|addr| canonical(*addr));
-        let usable: BTreeSet<_> = usable.take(MAX_RESPONDERS).collect();
-        self.responders.retain(|addr, _| usable.contains(addr));
-        for addr in usable {
-            self.responders.entry(addr).or_insert(Responder { state: State::asking(now, RETRY_MIN), seen: None });
+        self.chosen = usable(responders);
+        self.reconcile(now);
+    }
+
+    /// Whom to ask besides, but only once until something changes, in place of those before. What they see is not offered to
+    /// anybody: it only says whether the NAT maps each destination anew.
+    pub fn set_witnesses(&mut self, witnesses: &[SocketAddr], now: Instant) {
+        self.witnesses = usable(witnesses);
+        self.reconcile(now);
+    }
+
+    fn reconcile(&mut self, now: Instant) {
+        self.witnesses.retain(|addr| !self.chosen.contains(addr));
+        self.responders.retain(|addr, _| self.chosen.contains(addr) || self.witnesses.contains(addr));
+        for addr in self.chosen.iter().chain(&self.witnesses) {
+            self.responders.entry(*addr).or_insert(Responder { state: State::asking(now, RETRY_MIN), seen: None });
         }
+        self.compare();
         self.drive(now);
     }
 
@@ -117,6 +140,7 @@ impl Reflexive {
     /// Forgets what was found and asks anew: an interface changed.
     pub fn restart(&mut self, now: Instant) {
         self.responders.values_mut().for_each(|responder| responder.seen = None);
+        self.compare();
         self.refresh(now);
     }
 
@@ -130,7 +154,20 @@ impl Reflexive {
 
     /// The addresses found, each once. An address stays until it is known better.
     pub fn addresses(&self) -> BTreeSet<SocketAddr> {
-        self.responders.values().filter_map(|responder| responder.seen).collect()
+        let chosen = self.responders.iter().filter(|(addr, _)| self.chosen.contains(*addr));
+        chosen.filter_map(|(_, responder)| responder.seen).collect()
+    }
+
+    /// Whether one local port is seen as one address everywhere: by all who answered, of IPv4 if two of that family did.
+    pub fn mapping(&self) -> Mapping {
+        self.mapping
+    }
+
+    /// A responder of this family that answered, and the address that it sees.
+    pub fn answered(&self, is_ipv4: bool) -> Option<(SocketAddr, SocketAddr)> {
+        let family =
+            self.responders.iter().filter(|(addr, _)| addr.is_ipv4() == is_ipv4 && self.chosen.contains(*addr));
+        family.filter_map(|(addr, responder)| Some((*addr, responder.seen?))).next()
     }
 
     /// What to send.
@@ -148,7 +185,9 @@ impl Reflexive {
         if !self.outbox.is_empty() || !self.events.is_empty() {
             return Some(self.now);
         }
-        self.responders.values().filter_map(|responder| responder.state.due(self.active)).min()
+        let asks_again = |addr: &SocketAddr| self.active && !self.witnesses.contains(addr);
+        let due = |(addr, responder): (&SocketAddr, &Responder)| responder.state.due(asks_again(addr));
+        self.responders.iter().filter_map(due).min()
     }
 
     /// The time is now.
@@ -172,17 +211,46 @@ impl Reflexive {
         self.transactions.end(answer.transaction());
         if let Some(responder) = self.responders.get_mut(&from) {
             responder.state = State::Known { at: now };
-            if responder.seen.replace(seen) != Some(seen) {
+            let before = responder.seen.replace(seen);
+            if before != Some(seen) && self.chosen.contains(&from) {
                 self.events.push_back(ReflexiveEvent::Found(seen));
+                if before.is_some() {
+                    self.ask_witnesses(from.is_ipv4(), now);
+                }
             }
         }
+        self.compare();
         Ok(())
+    }
+
+    /// The NAT maps us anew: what witnesses saw was the mapping before.
+    fn ask_witnesses(&mut self, is_ipv4: bool, now: Instant) {
+        let witnesses = self.witnesses.iter().filter(|addr| addr.is_ipv4() == is_ipv4);
+        for addr in witnesses {
+            if let Some(witness) = self.responders.get_mut(addr) {
+                witness.seen = None;
+                witness.state = State::asking(now, RETRY_MIN);
+            }
+        }
+    }
+
+    fn compare(&mut self) {
+        let told = [true, false].map(|is_ipv4| {
+            let family = self.responders.iter().filter(|(addr, _)| addr.is_ipv4() == is_ipv4);
+            mapping(&family.filter_map(|(_, responder)| responder.seen).collect::<Vec<_>>())
+        });
+        let now = told.into_iter().find(|told| *told != Mapping::Unknown).unwrap_or_default();
+        if now != self.mapping {
+            self.mapping = now;
+            self.events.push_back(ReflexiveEvent::Mapping(now));
+        }
     }
 
     fn drive(&mut self, now: Instant) {
         self.now = self.now.max(now);
         for (addr, responder) in &mut self.responders {
-            if responder.state.due(self.active).is_none_or(|due| due > now) {
+            let asks_again = self.active && !self.witnesses.contains(addr);
+            if responder.state.due(asks_again).is_none_or(|due| due > now) {
                 continue;
             }
             if responder.state.advance(now) {
@@ -191,6 +259,11 @@ impl Reflexive {
             }
         }
     }
+}
+
+fn usable(responders: &[SocketAddr]) -> BTreeSet<SocketAddr> {
+    let usable = responders.iter().filter(|addr| is_usable(**addr)).map(|addr| canonical(*addr));
+    usable.take(MAX_RESPONDERS).collect()
 }
 
 impl State {

@@ -124,6 +124,8 @@ pub struct Welcome {
     /// The UDP port on which a STUN responder answers, if one does. It is the relay's own and not always the one that was
     /// dialled: what ends TLS for a relay listens elsewhere.
     pub stun: Option<u16>,
+    /// The UDP port on which another one answers, so that a NAT shows whether it maps each destination anew.
+    pub stun_alternate: Option<u16>,
 }
 
 /// One connection in the room.

@@ -87,6 +87,7 @@ impl Membership {
             observed: SocketAddr::new(remote.ip().to_canonical(), remote.port()),
             idle_timeout_ms: idle_timeout.as_millis().try_into().unwrap_or(u32::MAX),
             stun: core.config.stun.then(|| ws.get_ref().local_port()).flatten(),
+            stun_alternate: ws.get_ref().local_port().and_then(|port| core.alternate(port)),
         });
         ws.get_mut().outbox().push(wire(&control(&welcome)));
         debug!(%remote, room = short(seat.room()), slot = %seat.slot(), "joined");
