@@ -37,11 +37,14 @@ mod path;
 mod queue;
 mod roster;
 mod routes;
+mod sampling;
 mod socket;
 pub mod stream;
+mod surroundings;
 mod tls;
 mod uplink;
 mod views;
+mod wake;
 mod wire;
 
 pub use dial::{

@@ -35,6 +35,7 @@ use super::{
     path::Paths,
     roster::Members,
     socket::{FromSocket, Switch},
+    surroundings::{Fact, Surroundings},
     uplink::{Line, LineEvent},
     views::Views,
     wire::ToRelay,
@@ -128,6 +129,7 @@ pub(super) struct Actor {
     // What comes in.
     commands: mpsc::Receiver<Command>,
     notes: mpsc::Receiver<FromSocket>,
+    facts: mpsc::Receiver<Fact>,
     link_events: mpsc::Receiver<LinkEvent>,
     sweep_at: Option<Instant>,
 }
@@ -150,6 +152,7 @@ enum Input {
     Line(LineEvent),
     Link(LinkEvent),
     Note(FromSocket),
+    Fact(Fact),
     Served(Result<(Id, Outcome), JoinError>),
     Accepted,
     Room,
@@ -179,6 +182,7 @@ impl Actor {
         let (note, notes) = mpsc::channel(NOTES);
         let (tell, link_events) = mpsc::channel(LINK_EVENTS);
         let book = Book::new(me, config.udp, Arc::clone(&switch), note, tell);
+        let (surroundings, facts) = Surroundings::new();
         let members = Members::new();
         let (sender, commands) = mpsc::channel(COMMANDS);
         let contact =
@@ -201,10 +205,11 @@ impl Actor {
             served: HashMap::new(),
             switch,
             book,
-            paths: Paths::new(now),
+            paths: Paths::new(surroundings, now),
             streams: JoinSet::new(),
             commands,
             notes,
+            facts,
             link_events,
             sweep_at: None,
         };
@@ -253,6 +258,7 @@ impl Actor {
             // 2. Links and paths: streams wait for them.
             Some(event) = self.link_events.recv() => Input::Link(event),
             Some(note) = self.notes.recv() => Input::Note(note),
+            Some(fact) = self.facts.recv() => Input::Fact(fact),
             // 3. The room.
             event = self.line.next() => Input::Line(event),
             () = has_room, if is_waiting => Input::Room,
@@ -289,6 +295,7 @@ impl Actor {
             Input::Line(event) => self.line_event(event, now),
             Input::Link(event) => self.link_event(event, now),
             Input::Note(note) => self.paths.handle_note(note, &self.switch.routes, now),
+            Input::Fact(fact) => self.paths.handle_fact(fact, now),
             Input::Served(served) => self.served(served, now),
             Input::Accepted | Input::Room => {}
             Input::Time => self.timeout(now),

@@ -17,6 +17,8 @@ use peerfleet_proto::{
     request::link::{Candidate, CandidateKind},
 };
 
+pub(super) mod watch;
+
 /// Most addresses of interfaces that are offered: a host with a hundred containers must not crowd out the ones that lead
 /// to it. Half of what the other side takes, so that there is room for those that a NAT shows.
 pub(super) const MAX_HOST_CANDIDATES: usize = 16;

@@ -3,19 +3,19 @@
 //! In: notes of the socket, the relay's addresses, links that were agreed. Out: STUN packets, [`PathEvent`]s.
 //! Never decides which path is good: [`peerfleet_proto::path`] does.
 //! Nothing happens before the first link: without one there is no socket.
-//! Bounds: those of the agents; interfaces are looked at every [`LOOK_EVERY`] while there are agents.
+//! Bounds: those of the agents; interfaces are looked after while there are agents.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use peerfleet_proto::{
     limits::MAX_CANDIDATES,
-    path::{Agent, CheckKey, Config, Direct, Event, Handled, Reflexive, Role, Transmit},
-    request::link::{Candidate, CandidateKind},
+    path::{Agent, CheckKey, Config, Direct, Event, Hairpin, Handled, Reflexive, Role, Transmit},
+    request::link::{Candidate, CandidateKind, Nat},
 };
 
 use super::{
@@ -23,12 +23,14 @@ use super::{
     mtu,
     routes::{Remote, Routes},
     socket::FromSocket,
+    surroundings::Surroundings,
+    wake::{Vigil, world_time},
 };
 use crate::random;
 
-/// How often the interfaces are looked at: reading the kernel's table takes about a millisecond, and a laptop that wakes
-/// in another network waits no longer than this.
-const LOOK_EVERY: Duration = Duration::from_secs(5);
+mod here;
+
+use here::Sampled;
 
 /// What the drivers of links should know.
 #[derive(Debug)]
@@ -47,12 +49,21 @@ pub(super) enum PathEvent {
 /// The agents, and what they share.
 pub(super) struct Paths {
     socket: Option<(u16, bool)>,
+    // Where we are.
+    surroundings: Surroundings,
     relay: Vec<SocketAddr>,
+    witnesses: Vec<SocketAddr>,
     interfaces: Vec<Interface>,
     hosts: Vec<Candidate>,
     reflexive: Reflexive,
-    agents: BTreeMap<SocketAddr, Entry>,
+    hairpin: Hairpin,
+    sampled: Sampled,
+    nat: Nat,
     look_at: Instant,
+    vigil: Vigil,
+    vigil_at: Instant,
+    // Where the others are.
+    agents: BTreeMap<SocketAddr, Entry>,
     events: VecDeque<PathEvent>,
 }
 
@@ -63,15 +74,22 @@ struct Entry {
 
 impl Paths {
     /// No socket yet, and no agents.
-    pub(super) fn new(now: Instant) -> Self {
+    pub(super) fn new(surroundings: Surroundings, now: Instant) -> Self {
         Self {
             socket: None,
+            surroundings,
             relay: Vec::new(),
+            witnesses: Vec::new(),
             interfaces: Vec::new(),
             hosts: Vec::new(),
             reflexive: Reflexive::new(random::bytes(), now),
-            agents: BTreeMap::new(),
+            hairpin: Hairpin::new(random::bytes(), now),
+            sampled: Sampled::default(),
+            nat: Nat::default(),
             look_at: now,
+            vigil: Vigil::new(now, world_time()),
+            vigil_at: now,
+            agents: BTreeMap::new(),
             events: VecDeque::new(),
         }
     }
@@ -81,15 +99,7 @@ impl Paths {
         self.socket = Some(socket);
         self.interfaces = interfaces();
         self.hosts = host_candidates(&self.interfaces, socket.0, socket.1);
-        self.reflexive.set_responders(&self.relay, now);
-    }
-
-    /// Where the relay answers STUN; nowhere if it does not.
-    pub(super) fn set_responders(&mut self, relay: Vec<SocketAddr>, now: Instant) {
-        self.relay = relay;
-        if self.socket.is_some() {
-            self.reflexive.set_responders(&self.relay, now);
-        }
+        self.ask_responders(now);
     }
 
     /// Where we might be reached, best first.
@@ -114,7 +124,7 @@ impl Paths {
             return;
         }
         if self.agents.is_empty() {
-            self.look_at = now + LOOK_EVERY;
+            self.keep_watch(now);
             self.reflexive.set_active(true, now);
         }
         let mut agent = Agent::new(Config { key, role, seed: random::bytes() }, now);
@@ -158,7 +168,8 @@ impl Paths {
 
     /// Gives a packet to whoever it belongs to. Whose it is shows in the packet, and only its owner's key proves it.
     fn handle_stun(&mut self, from: SocketAddr, packet: &[u8], routes: &Routes, now: Instant) {
-        if !matches!(self.reflexive.handle_packet(from, packet, now), Handled::Ignored(_)) {
+        let ours = [self.reflexive.handle_packet(from, packet, now), self.hairpin.handle_packet(packet, now)];
+        if ours.iter().any(|handled| !matches!(handled, Handled::Ignored(_))) {
             return;
         }
         for entry in self.agents.values_mut() {
@@ -169,26 +180,10 @@ impl Paths {
         }
     }
 
-    fn look(&mut self, now: Instant) {
-        let Some((port, with_ipv6)) = self.socket else { return };
-        let interfaces = interfaces();
-        if interfaces == self.interfaces {
-            return;
-        }
-        tracing::info!("an interface changed: looking for paths anew");
-        self.hosts = host_candidates(&interfaces, port, with_ipv6);
-        self.interfaces = interfaces;
-        self.reflexive.restart(now);
-        for entry in self.agents.values_mut() {
-            entry.agent.restart(now);
-        }
-        self.tell_candidates(now);
-    }
-
     fn tell_candidates(&mut self, now: Instant) {
-        let (candidates, networks) = (self.candidates(), networks(&self.interfaces));
+        let candidates = self.candidates();
+        self.tell_networks();
         for entry in self.agents.values_mut() {
-            entry.agent.set_networks(&networks);
             entry.agent.set_local(candidates.clone(), now);
         }
         self.events.push_back(PathEvent::Candidates(candidates));
@@ -197,16 +192,12 @@ impl Paths {
     /// The next packet to send.
     pub(super) fn poll_transmit(&mut self) -> Option<Transmit> {
         let from_agents = || self.agents.values_mut().find_map(|entry| entry.agent.poll_transmit());
-        self.reflexive.poll_transmit().or_else(from_agents)
+        self.reflexive.poll_transmit().or_else(|| self.hairpin.poll_transmit()).or_else(from_agents)
     }
 
     /// The next thing that happened.
     pub(super) fn poll_event(&mut self, now: Instant) -> Option<PathEvent> {
-        let mut found = false;
-        while self.reflexive.poll_event().is_some() {
-            found = true;
-        }
-        if found {
+        if self.hear_responders(now) {
             self.tell_candidates(now);
         }
         let queued = self.events.pop_front();
@@ -222,16 +213,19 @@ impl Paths {
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.socket?;
         let agents = self.agents.values().filter_map(|entry| entry.agent.poll_timeout()).min();
-        let look = (!self.agents.is_empty()).then_some(self.look_at);
-        [agents, look, self.reflexive.poll_timeout()].into_iter().flatten().min()
+        let look = (!self.agents.is_empty()).then(|| self.look_at.min(self.vigil_at));
+        [agents, look, self.reflexive.poll_timeout(), self.hairpin.poll_timeout()].into_iter().flatten().min()
     }
 
     /// The time is now.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
+        if !self.agents.is_empty() && self.vigil_at <= now {
+            self.keep_vigil(now);
+        }
         if !self.agents.is_empty() && self.look_at <= now {
-            self.look_at = now + LOOK_EVERY;
             self.look(now);
         }
+        self.hairpin.handle_timeout(now);
         if self.reflexive.poll_timeout().is_some_and(|at| at <= now) {
             self.reflexive.handle_timeout(now);
         }

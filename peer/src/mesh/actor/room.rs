@@ -78,7 +78,7 @@ impl Actor {
 
     fn joined(&mut self, welcome: &Welcome, now: Instant) {
         let responders = welcome.stun.map(|port| responders(&self.relay, port)).unwrap_or_default();
-        self.paths.set_responders(responders, now);
+        self.paths.set_responders(responders, welcome.stun_alternate, now);
     }
 
     fn member(&mut self, member: &relay::Member, now: Instant) {

@@ -1,0 +1,190 @@
+use std::sync::Arc;
+
+use peerfleet_proto::{
+    id::InstanceId,
+    path::{CheckKey, Role, Transmit},
+    request::link::Route,
+    stun::{Class, Draft, Message},
+};
+
+use super::*;
+use crate::mesh::{
+    path::PathEvent,
+    routes::{Remote, Routes},
+    socket::FromSocket,
+    surroundings::Surroundings,
+};
+
+const PORT: u16 = 40_000;
+const RELAY: &str = "203.0.113.1:8080";
+
+fn remote() -> Arc<Remote> {
+    Routes::default().add(InstanceId::from_bytes([1; 16]), Route::Auto, None)
+}
+
+/// Paths with one agent, whose relay answers STUN on two ports.
+fn paths(now: Instant) -> (Paths, tokio::sync::mpsc::Receiver<Fact>) {
+    let (surroundings, facts) = Surroundings::new();
+    let mut paths = Paths::new(surroundings, now);
+    paths.set_responders(vec![RELAY.parse().unwrap()], Some(8081), now);
+    paths.open((PORT, true), now);
+    paths.add(remote(), CheckKey::agree(&[1; 32], &[2; 32]), Role::Controlling, Vec::new(), now);
+    (paths, facts)
+}
+
+fn seen_as(request: &Transmit, seen: &str) -> FromSocket {
+    let transaction = Message::parse(&request.bytes).unwrap().transaction();
+    let packet = Draft::new(Class::Success, transaction).mapped_address(seen.parse().unwrap()).finish();
+    FromSocket::Stun { from: request.to, packet: packet.into() }
+}
+
+/// Answers what the responders are asked, by the port that is asked.
+fn answer(paths: &mut Paths, seen: impl Fn(u16) -> String, now: Instant) {
+    while let Some(request) = paths.poll_transmit() {
+        if request.to.ip().to_string() == "203.0.113.1" {
+            paths.handle_note(seen_as(&request, &seen(request.to.port())), &Routes::default(), now);
+        }
+        while paths.poll_event(now).is_some() {}
+    }
+}
+
+#[tokio::test]
+async fn a_nat_that_shows_all_the_same_address_is_told_as_independent() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    answer(&mut paths, |_| format!("198.51.100.7:{PORT}"), now);
+    assert_eq!(paths.nat, Nat { mapping: Mapping::EndpointIndependent, ports: Ports::Preserving });
+}
+
+#[tokio::test]
+async fn a_nat_that_shows_each_another_address_is_told_as_dependent_with_its_ports_once_they_are_known() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    answer(&mut paths, |port| format!("198.51.100.7:{}", port + 1000), now);
+    assert_eq!(paths.nat, Nat { mapping: Mapping::Dependent, ports: Ports::Unknown });
+    paths.handle_fact(Fact::Ports(Ports::Random), now);
+    assert_eq!(paths.nat, Nat { mapping: Mapping::Dependent, ports: Ports::Random });
+    assert!(matches!(paths.poll_event(now), Some(PathEvent::Candidates(_))), "the others are told");
+}
+
+#[tokio::test]
+async fn an_address_of_our_own_that_comes_back_from_a_responder_means_that_there_is_no_nat() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    let own = format!("127.0.0.1:{PORT}");
+    let request = paths.poll_transmit().unwrap();
+    paths.handle_note(seen_as(&request, &own), &Routes::default(), now);
+    while paths.poll_event(now).is_some() {}
+    assert_eq!(paths.nat, Nat { mapping: Mapping::EndpointIndependent, ports: Ports::Preserving });
+}
+
+#[tokio::test]
+async fn our_own_request_that_a_nat_sends_back_tells_of_a_hairpin() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    let request = paths.poll_transmit().unwrap();
+    paths.handle_note(seen_as(&request, "198.51.100.7:4000"), &Routes::default(), now);
+    while paths.poll_event(now).is_some() {}
+    let to_ourselves = std::iter::from_fn(|| paths.poll_transmit()).find(|sent| sent.to.port() == 4000).unwrap();
+    let back = FromSocket::Stun { from: to_ourselves.to, packet: to_ourselves.bytes.into() };
+    paths.handle_note(back, &Routes::default(), now);
+    assert_eq!(paths.hairpin.outcome(), Some(true));
+}
+
+#[tokio::test]
+async fn words_of_a_change_are_followed_by_one_look_when_they_have_settled() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    paths.handle_timeout(now);
+    for at in 0..5 {
+        paths.handle_fact(Fact::Interfaces, now + Duration::from_millis(at * 10));
+    }
+    assert_eq!(paths.look_at, now + SETTLE);
+}
+
+/// A name space of its own for one test, which this test calls itself again in.
+#[cfg(target_os = "linux")]
+mod in_a_namespace {
+    use std::process::Command;
+
+    use super::*;
+
+    /// Set in the inner run.
+    const INNER: &str = "PEERFLEET_TEST_NAMESPACE";
+
+    fn ip(arguments: &str) {
+        let status =
+            Command::new("ip").args(arguments.split(' ')).status().expect("`ip` is there where this test runs");
+        assert!(status.success(), "ip {arguments}");
+    }
+
+    /// Whether this is the inner run; the outer one waits for it here.
+    fn is_inner(test: &str) -> bool {
+        if std::env::var_os(INNER).is_some() {
+            return true;
+        }
+        if !rustix::process::geteuid().is_root() {
+            assert!(std::env::var_os("PEERFLEET_REQUIRE_ALL").is_none(), "name spaces need root");
+            eprintln!("SKIPPED: {test} needs root");
+            return false;
+        }
+        let me = std::env::current_exe().unwrap();
+        let mut inner = Command::new("unshare");
+        inner.arg("--net").arg(me).args(["--exact", "--nocapture", test]).env(INNER, "1");
+        let output = inner.output().expect("`unshare` is there where this test runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "the inner run found the test");
+        false
+    }
+
+    #[test]
+    fn a_new_address_is_told_within_a_second_and_a_gone_one_too() {
+        let test = "mesh::path::here::tests::in_a_namespace::a_new_address_is_told_within_a_second_and_a_gone_one_too";
+        if !is_inner(test) {
+            return;
+        }
+        for command in ["link set lo up", "link add lan0 type veth peer name lan1", "link set lan0 up"] {
+            ip(command);
+        }
+        ip("link set lan1 up");
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let (mut paths, mut facts) = paths(Instant::now());
+            paths.handle_timeout(Instant::now());
+            // Words of the interfaces being made may still come.
+            while tokio::time::timeout(SETTLE * 3, facts.recv()).await.is_ok() {}
+            paths.look(Instant::now());
+            while paths.poll_event(Instant::now()).is_some() {}
+            ip("addr add 10.9.8.7/20 dev lan0");
+            let began = Instant::now();
+            told(&mut paths, &mut facts, |ips| ips.contains(&"10.9.8.7".into())).await;
+            println!("a new address was told after {:?}", began.elapsed());
+            assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+            assert_eq!(networks(&paths.interfaces), [peerfleet_proto::path::Network::new([10, 9, 0, 0].into(), 20)]);
+            ip("addr del 10.9.8.7/20 dev lan0");
+            let began = Instant::now();
+            told(&mut paths, &mut facts, |ips| !ips.contains(&"10.9.8.7".into())).await;
+            assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        });
+    }
+
+    /// Drives the paths as the instance does, until the others are told candidates of this kind.
+    async fn told(paths: &mut Paths, facts: &mut tokio::sync::mpsc::Receiver<Fact>, holds: impl Fn(&[String]) -> bool) {
+        loop {
+            let now = Instant::now();
+            paths.handle_timeout(now);
+            while paths.poll_transmit().is_some() {}
+            while let Some(event) = paths.poll_event(now) {
+                let PathEvent::Candidates(candidates) = event else { continue };
+                let ips: Vec<_> = candidates.iter().map(|candidate| candidate.addr.ip().to_string()).collect();
+                if holds(&ips) {
+                    return;
+                }
+            }
+            let due = paths.poll_timeout().unwrap_or(now + Duration::from_secs(1));
+            tokio::select! {
+                Some(fact) = facts.recv() => paths.handle_fact(fact, Instant::now()),
+                () = tokio::time::sleep_until(due.into()) => {}
+            }
+        }
+    }
+}
