@@ -24,6 +24,7 @@ pub mod candidate;
 pub mod check;
 pub mod direct;
 pub mod mapping;
+pub mod nat64;
 pub mod pair;
 pub mod reflexive;
 pub mod score;

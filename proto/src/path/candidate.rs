@@ -40,6 +40,20 @@ pub fn is_usable(addr: SocketAddr) -> bool {
     sane && addr.port() != 0 && !ip.is_unspecified() && !ip.is_multicast()
 }
 
+/// Whether an address is one host's for everybody, if no firewall is between: none of a private network, of a carrier's
+/// in front of its NATs (RFC 6598), of a link or of a machine by itself.
+pub fn is_global(ip: IpAddr) -> bool {
+    match ip.to_canonical() {
+        IpAddr::V4(ip) => {
+            let is_carriers = ip.octets()[0] == 100 && ip.octets()[1] & 0xC0 == 64;
+            !(is_carriers || ip.is_private() || ip.is_link_local() || ip.is_loopback() || ip.is_unspecified())
+        }
+        IpAddr::V6(ip) => {
+            !(ip.is_unique_local() || ip.is_unicast_link_local() || ip.is_loopback() || ip.is_unspecified())
+        }
+    }
+}
+
 /// The usable ones of a list, each address once under its best kind; the first [`MAX_CANDIDATES`] of them.
 pub fn admit(candidates: &[Candidate]) -> BTreeMap<SocketAddr, CandidateKind> {
     let mut admitted = BTreeMap::new();
@@ -155,6 +169,26 @@ mod tests {
         }
         for addr in ["192.0.2.1:1", "127.0.0.1:9", "169.254.1.1:5", "[::1]:1", "[2001:db8::1]:1", "[fd00::1]:65535"] {
             assert!(is_usable(addr.parse().unwrap()), "{addr}");
+        }
+    }
+
+    #[test]
+    fn addresses_of_a_network_a_carrier_or_a_machine_by_itself_are_not_global() {
+        for ip in [
+            "10.0.0.1",
+            "192.168.1.1",
+            "100.64.0.1",
+            "100.127.9.9",
+            "169.254.1.1",
+            "127.0.0.1",
+            "fd00::1",
+            "fe80::1",
+            "::1",
+        ] {
+            assert!(!is_global(ip.parse().unwrap()), "{ip}");
+        }
+        for ip in ["198.51.100.7", "100.63.0.1", "100.128.0.1", "2001:db8::1"] {
+            assert!(is_global(ip.parse().unwrap()), "{ip}");
         }
     }
 
