@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use peerfleet_peer::{
     access::Policy,
     exec::{Jobs, JobsConfig},
-    mesh::{DialConfig, Mesh, MeshConfig, RelayUrl, UplinkState},
+    mesh::{DialConfig, Mesh, MeshConfig, PathConfig, RelayUrl, UplinkState},
     random::{self, SystemRandom},
     serve::Services,
     store::Store,
@@ -99,6 +99,7 @@ impl Crowd {
             identity: StaticSecret::from(random::bytes()),
             presence,
             udp: true,
+            paths: PathConfig::default(),
         };
         Mesh::start(config, Arc::new(serve))
     }

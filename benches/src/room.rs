@@ -122,7 +122,7 @@ impl Room {
         let mut command = Command::new(binary("peer")?);
         command.env_clear();
         command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
-        command.env("HOME", &home);
+        command.env("HOME", &home).env("PEER_PORT_MAPPING", "0");
         command.env("PEER_STATE_DIR", home.join("state"));
         command.env("PEER_TOKEN", &self.token);
         command.env("PEER_ROOM", "bench");

@@ -25,7 +25,7 @@ mod bypass;
 pub mod network;
 pub mod value;
 
-pub use crate::mesh::{ProxyChoice, RelayUrl};
+pub use crate::mesh::{PathConfig, ProxyChoice, RelayUrl, StunServer};
 pub use network::Network;
 pub use value::{HostName, RoomName, Tag, TokenText};
 
@@ -69,6 +69,11 @@ pub struct Layer {
     pub mode: Option<Mode>,
     /// Whether commands of others are never run.
     pub no_exec: Option<bool>,
+    /// Whether the router may be asked to forward a port.
+    pub port_mapping: Option<bool>,
+    /// STUN servers to ask besides the relay.
+    #[serde(deserialize_with = "parsed_each")]
+    pub stun: Option<Vec<StunServer>>,
     /// The folder with identity, jobs and transfers.
     pub state_dir: Option<PathBuf>,
     /// Single identities with less or more than the mode; in a file only.
@@ -150,6 +155,8 @@ pub struct Config {
     pub mode: Sourced<Mode>,
     /// Whether commands of others are never run.
     pub no_exec: bool,
+    /// What is done to find direct paths.
+    pub paths: PathConfig,
     /// Single identities with less or more than the mode.
     pub access: BTreeMap<PeerId, Mode>,
     /// The state folder.
@@ -182,6 +189,10 @@ impl Config {
             tags: tags(&layers),
             mode: mode(&layers, &state)?,
             no_exec: layers.iter().find_map(|(layer, _)| layer.no_exec).unwrap_or(false),
+            paths: PathConfig {
+                port_mapping: layers.iter().find_map(|(layer, _)| layer.port_mapping).unwrap_or(true),
+                stun: layers.iter().find_map(|(layer, _)| layer.stun.clone()).unwrap_or_default(),
+            },
             access: file.access.clone(),
             state,
         })
@@ -314,7 +325,9 @@ fn from_environment(env: &Env) -> Result<Layer> {
         name: variable(env, env::NAME)?,
         tags: env.text(env::TAGS)?.map(|text| parse_tags(&text)).transpose().map_err(|fault| bad(env::TAGS, fault))?,
         mode: variable(env, env::MODE)?,
-        no_exec: env.text(env::NO_EXEC)?.map(|text| switch(&text)).transpose()?,
+        no_exec: switch(env, env::NO_EXEC)?,
+        port_mapping: switch(env, env::PORT_MAPPING)?,
+        stun: env.text(env::STUN)?.map(|text| parse_each(&text)).transpose().map_err(|fault| bad(env::STUN, fault))?,
         state_dir: env.path(env::STATE_DIR),
         access: BTreeMap::new(),
     })
@@ -328,11 +341,12 @@ fn bad(name: &str, fault: impl fmt::Display) -> Failure {
     Failure::fixable(format!("cannot use {name}")).cause(fault).hint(format!("correct or unset {name}"))
 }
 
-fn switch(text: &str) -> Result<bool> {
-    match text {
-        "1" | "true" | "yes" => Ok(true),
-        "0" | "false" | "no" => Ok(false),
-        _ => Err(bad(env::NO_EXEC, "it is neither true nor false")),
+fn switch(env: &Env, name: &'static str) -> Result<Option<bool>> {
+    match env.text(name)?.as_deref() {
+        None => Ok(None),
+        Some("1" | "true" | "yes") => Ok(Some(true)),
+        Some("0" | "false" | "no") => Ok(Some(false)),
+        Some(_) => Err(bad(name, "it is neither true nor false")),
     }
 }
 
@@ -341,7 +355,12 @@ fn switch(text: &str) -> Result<bool> {
 /// # Errors
 /// If one of them is no tag.
 pub fn parse_tags(text: &str) -> std::result::Result<Vec<Tag>, value::InvalidTag> {
-    text.split(',').map(str::trim).filter(|tag| !tag.is_empty()).map(str::parse).collect()
+    parse_each(text)
+}
+
+/// Reads words separated by commas; spaces around them do not count.
+fn parse_each<T: FromStr>(text: &str) -> std::result::Result<Vec<T>, T::Err> {
+    text.split(',').map(str::trim).filter(|word| !word.is_empty()).map(str::parse).collect()
 }
 
 fn from_file(flag: Option<&Path>, env: &Env) -> Result<(Layer, Option<PathBuf>)> {

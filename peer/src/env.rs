@@ -35,6 +35,10 @@ pub const TAGS: &str = "PEER_TAGS";
 pub const MODE: &str = "PEER_MODE";
 /// `1` or `true`: commands of others are never run, whatever the mode.
 pub const NO_EXEC: &str = "PEER_NO_EXEC";
+/// `0` or `false`: the router is not asked to forward a port.
+pub const PORT_MAPPING: &str = "PEER_PORT_MAPPING";
+/// STUN servers to ask besides the relay, separated by commas.
+pub const STUN: &str = "PEER_STUN";
 /// The folder with identity, jobs and transfers.
 pub const STATE_DIR: &str = "PEER_STATE_DIR";
 /// The configuration file.
@@ -54,7 +58,7 @@ pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
 /// Where sockets go; the state folder if unset.
 pub const XDG_RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
 
-const ALL: [&str; 27] = [
+const ALL: [&str; 29] = [
     TOKEN,
     TOKEN_FILE,
     RELAY,
@@ -73,6 +77,8 @@ const ALL: [&str; 27] = [
     TAGS,
     MODE,
     NO_EXEC,
+    PORT_MAPPING,
+    STUN,
     STATE_DIR,
     CONFIG,
     BIND,

@@ -34,12 +34,14 @@ mod interfaces;
 mod link;
 mod mtu;
 mod path;
+mod port_mapping;
 mod queue;
 mod roster;
 mod routes;
 mod sampling;
 mod socket;
 pub mod stream;
+mod stun_server;
 mod surroundings;
 mod tls;
 mod uplink;
@@ -52,6 +54,7 @@ pub use dial::{
 };
 pub use peerfleet_proto::exchange::AskFault;
 pub use stream::Stream;
+pub use stun_server::{InvalidStunServer, StunServer};
 
 /// Words about one instance in [`Mesh::ask_many`]: asked, accepted, ended.
 const WORDS_PER_ASK: usize = 3;
@@ -187,6 +190,18 @@ pub struct MeshConfig {
     pub presence: Presence,
     /// Whether links may travel directly at all.
     pub udp: bool,
+    /// What is done to find direct paths.
+    pub paths: PathConfig,
+}
+
+/// What is done to find direct paths, beyond asking the relay. By default nothing: nobody is contacted whom the user did not
+/// name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PathConfig {
+    /// Whether the router may be asked to forward a port to this machine.
+    pub port_mapping: bool,
+    /// STUN servers to ask besides the relay.
+    pub stun: Vec<StunServer>,
 }
 
 /// A handle on one instance in one room; clones are the same instance. It leaves the room when the last one is dropped.

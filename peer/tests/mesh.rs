@@ -11,7 +11,8 @@ use std::{
 use bytes::Bytes;
 use peerfleet_peer::{
     mesh::{
-        AskFault, AskProgress, BoxFuture, Caller, DialConfig, Mesh, MeshConfig, Roster, Serve, Stream, UplinkState,
+        AskFault, AskProgress, BoxFuture, Caller, DialConfig, Mesh, MeshConfig, PathConfig, Roster, Serve, Stream,
+        UplinkState,
     },
     random::SystemRandom,
 };
@@ -317,6 +318,7 @@ impl TestRelay {
             identity: StaticSecret::from([seed; 32]),
             presence: presence(&format!("host-{seed}")),
             udp,
+            paths: PathConfig::default(),
         };
         Mesh::start(config, Arc::new(Echo))
     }

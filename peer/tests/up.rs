@@ -14,7 +14,7 @@ use tokio::{
 
 fn peer(home: &Path, line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_peer"));
-    command.args(line.split_whitespace()).env_clear().env("HOME", home).current_dir(home);
+    command.args(line.split_whitespace()).env_clear().env("HOME", home).env("PEER_PORT_MAPPING", "0").current_dir(home);
     command.env("PATH", "/usr/bin:/bin").stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
     command
 }

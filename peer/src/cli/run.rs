@@ -5,7 +5,7 @@ use peerfleet_proto::presence::Mode;
 
 use super::context::Context;
 use crate::{
-    config::{Config, HostName, Layer, Tag},
+    config::{Config, HostName, Layer, StunServer, Tag},
     daemon::Daemon,
     failure::Result,
 };
@@ -43,6 +43,12 @@ pub(super) struct HostFlags {
     /// Never run commands of others, whatever the mode [env: PEER_NO_EXEC]
     #[arg(long)]
     no_exec: bool,
+    /// Do not ask the router to forward a port (PCP, NAT-PMP, UPnP) [env: PEER_PORT_MAPPING=0]
+    #[arg(long)]
+    no_port_mapping: bool,
+    /// STUN servers to ask besides the relay, separated by commas [env: PEER_STUN]
+    #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',')]
+    stun: Option<Vec<StunServer>>,
 }
 
 impl HostFlags {
@@ -52,6 +58,8 @@ impl HostFlags {
             tags: self.tags.clone(),
             mode: self.mode,
             no_exec: self.no_exec.then_some(true),
+            port_mapping: self.no_port_mapping.then_some(false),
+            stun: self.stun.clone(),
             ..Layer::default()
         }
     }

@@ -43,6 +43,20 @@ fn without_a_word_nothing_but_this_machine_is_contacted_and_others_may_only_look
 }
 
 #[test]
+fn stun_servers_are_asked_only_if_named_and_the_router_unless_that_is_switched_off() {
+    let paths = |machine: &Machine| machine.resolve(&Layer::default()).unwrap().paths;
+    assert_eq!(paths(&Machine::new()), PathConfig { port_mapping: true, stun: Vec::new() });
+    let file = Machine::new().with_file("port-mapping = false\nstun = ['stun.example.net', '192.0.2.1:9']\n");
+    let named: Vec<_> = ["stun.example.net:3478", "192.0.2.1:9"].map(|text| text.parse().unwrap()).into();
+    assert_eq!(paths(&file), PathConfig { port_mapping: false, stun: named });
+    let over = file.with(env::PORT_MAPPING, "1").with(env::STUN, "[2001:db8::1]:7, ");
+    let other = vec!["[2001:db8::1]:7".parse().unwrap()];
+    assert_eq!(paths(&over), PathConfig { port_mapping: true, stun: other });
+    let broken = Machine::new().with(env::STUN, "stun.example.net:0").resolve(&Layer::default()).unwrap_err();
+    assert!(broken.to_string().contains(env::STUN), "{broken}");
+}
+
+#[test]
 fn flag_goes_before_environment_before_file() {
     let machine = Machine::new().with_file("room = 'file'\nrelay = 'ws://file:81'\nname = 'file'\n");
     let machine = machine.with(env::ROOM, "environment").with(env::RELAY, "ws://environment:81");

@@ -182,7 +182,7 @@ impl Actor {
         let (note, notes) = mpsc::channel(NOTES);
         let (tell, link_events) = mpsc::channel(LINK_EVENTS);
         let book = Book::new(me, config.udp, Arc::clone(&switch), note, tell);
-        let (surroundings, facts) = Surroundings::new();
+        let (surroundings, facts) = Surroundings::new(config.paths);
         let members = Members::new();
         let (sender, commands) = mpsc::channel(COMMANDS);
         let contact =
@@ -239,7 +239,7 @@ impl Actor {
         self.asks.end_all();
         self.serving.abort_all();
         // First the links, because those that are relayed say goodbye by way of the relay.
-        self.book.close().await;
+        tokio::join!(self.book.close(), self.paths.leave());
         self.line.leave().await;
         self.streams.abort_all();
         // Whoever asked for it may have stopped waiting.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use peerfleet_proto::{
-    path::candidate::Network,
+    path::candidate::{Network, is_global},
     request::link::{Candidate, CandidateKind},
 };
 
@@ -157,6 +157,21 @@ pub(super) fn networks(interfaces: &[Interface]) -> Vec<Network> {
     addresses.map(|address| Network::new(address.ip, address.prefix)).take(MAX_HOST_CANDIDATES).collect()
 }
 
+/// The IPv4 address that the system would send to the rest of the world from.
+pub(super) fn source_v4() -> Option<Ipv4Addr> {
+    match source_towards(ELSEWHERE[0])? {
+        IpAddr::V4(v4) => Some(v4),
+        IpAddr::V6(_) => None,
+    }
+}
+
+/// Whether this host has a way into the world by IPv6 and none by IPv4.
+pub(super) fn is_ipv6_only(interfaces: &[Interface]) -> bool {
+    let sources = interfaces.iter().flat_map(|interface| &interface.addresses);
+    let mut sources = sources.filter(|address| address.standing == Standing::Source).peekable();
+    sources.peek().is_some() && sources.all(|address| address.ip.is_ipv6())
+}
+
 /// The address that the system would send from, without sending.
 fn source_towards(to: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
@@ -200,19 +215,6 @@ fn means_something(ip: IpAddr) -> bool {
         IpAddr::V6(v6) => !v6.is_unicast_link_local(),
     };
     sane && !ip.is_unspecified() && !ip.is_multicast()
-}
-
-/// Whether anybody may reach the address, if no firewall is between.
-fn is_global(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(v4) => !(v4.is_private() || v4.is_link_local() || v4.is_loopback() || is_shared(v4)),
-        IpAddr::V6(v6) => !(v6.is_unique_local() || v6.is_loopback()),
-    }
-}
-
-/// Whether an address is of those that carriers put in front of their NATs (RFC 6598).
-fn is_shared(v4: Ipv4Addr) -> bool {
-    v4.octets()[0] == 100 && v4.octets()[1] & 0xC0 == 64
 }
 
 #[cfg(test)]
@@ -280,6 +282,18 @@ mod tests {
     }
 
     #[test]
+    fn a_host_whose_default_routes_are_of_ipv6_alone_has_ipv6_only() {
+        let source = |ip: &str| Address { ip: ip.parse().unwrap(), prefix: 64, standing: Standing::Source };
+        let mut bridge = interface("docker0", Purpose::Bridge, &["172.17.0.1/16"]);
+        let mut lan = interface("eth0", Purpose::Default, &[]);
+        assert!(!is_ipv6_only(&[bridge.clone()]), "a host without any way has no NAT64 either");
+        lan.addresses.push(source("2001:db8::7"));
+        assert!(is_ipv6_only(&[lan.clone(), bridge.clone()]));
+        bridge.addresses.push(source("192.0.2.7"));
+        assert!(!is_ipv6_only(&[lan, bridge]));
+    }
+
+    #[test]
     fn a_deprecated_address_is_offered_only_where_there_is_no_other() {
         let old = Address { ip: "2001:db8::1".parse().unwrap(), prefix: 64, standing: Standing::Deprecated };
         let new = Address { ip: "2001:db8:1::1".parse().unwrap(), prefix: 64, standing: Standing::Usual };
@@ -289,11 +303,5 @@ mod tests {
         let mut alone = vec![old];
         drop_deprecated(&mut alone);
         assert_eq!(alone, [old]);
-    }
-
-    #[test]
-    fn addresses_of_carriers_are_not_global() {
-        assert!(!is_global("100.64.0.1".parse().unwrap()) && !is_global("100.127.255.1".parse().unwrap()));
-        assert!(is_global("100.128.0.1".parse().unwrap()));
     }
 }

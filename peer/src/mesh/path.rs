@@ -14,7 +14,7 @@ use std::{
 
 use peerfleet_proto::{
     limits::MAX_CANDIDATES,
-    path::{Agent, CheckKey, Config, Direct, Event, Hairpin, Handled, Reflexive, Role, Transmit},
+    path::{Agent, CheckKey, Config, Direct, Event, Hairpin, Handled, Reflexive, Role, Transmit, nat64::Prefix},
     request::link::{Candidate, CandidateKind, Nat},
 };
 
@@ -58,6 +58,9 @@ pub(super) struct Paths {
     reflexive: Reflexive,
     hairpin: Hairpin,
     sampled: Sampled,
+    mapped: Option<SocketAddr>,
+    named: Vec<SocketAddr>,
+    nat64: Option<Prefix>,
     nat: Nat,
     look_at: Instant,
     vigil: Vigil,
@@ -70,6 +73,8 @@ pub(super) struct Paths {
 struct Entry {
     agent: Agent,
     remote: Arc<Remote>,
+    /// What the other side names.
+    theirs: Vec<Candidate>,
 }
 
 impl Paths {
@@ -85,6 +90,9 @@ impl Paths {
             reflexive: Reflexive::new(random::bytes(), now),
             hairpin: Hairpin::new(random::bytes(), now),
             sampled: Sampled::default(),
+            mapped: None,
+            named: Vec::new(),
+            nat64: None,
             nat: Nat::default(),
             look_at: now,
             vigil: Vigil::new(now, world_time()),
@@ -100,15 +108,16 @@ impl Paths {
         self.interfaces = interfaces();
         self.hosts = host_candidates(&self.interfaces, socket.0, socket.1);
         self.ask_responders(now);
+        self.explore();
     }
 
     /// Where we might be reached, best first.
     pub(super) fn candidates(&self) -> Vec<Candidate> {
-        let seen = self.reflexive.addresses().into_iter();
-        let reflexive = seen
-            .filter(|addr| self.hosts.iter().all(|host| host.addr != *addr))
-            .map(|addr| Candidate { kind: CandidateKind::ServerReflexive, addr });
-        let mut all: Vec<_> = reflexive.chain(self.hosts.iter().copied()).collect();
+        let of = |kind| move |addr| Candidate { kind, addr };
+        let mapped = self.mapped.into_iter().map(of(CandidateKind::Mapped));
+        let reflexive = self.reflexive.addresses().into_iter().map(of(CandidateKind::ServerReflexive));
+        let seen = mapped.chain(reflexive).filter(|seen| self.hosts.iter().all(|host| host.addr != seen.addr));
+        let mut all: Vec<_> = seen.chain(self.hosts.iter().copied()).collect();
         all.truncate(MAX_CANDIDATES);
         all
     }
@@ -130,8 +139,8 @@ impl Paths {
         let mut agent = Agent::new(Config { key, role, seed: random::bytes() }, now);
         agent.set_networks(&networks(&self.interfaces));
         agent.set_local(self.candidates(), now);
-        agent.set_remote(theirs, now);
-        self.agents.insert(remote.mapped, Entry { agent, remote });
+        agent.set_remote(self.reachable(&theirs), now);
+        self.agents.insert(remote.mapped, Entry { agent, remote, theirs });
     }
 
     /// A link ended.
@@ -144,8 +153,10 @@ impl Paths {
 
     /// The other side has other candidates.
     pub(super) fn set_theirs(&mut self, remote: &Remote, theirs: Vec<Candidate>, now: Instant) {
+        let reachable = self.reachable(&theirs);
         if let Some(entry) = self.agents.get_mut(&remote.mapped) {
-            entry.agent.set_remote(theirs, now);
+            entry.theirs = theirs;
+            entry.agent.set_remote(reachable, now);
         }
     }
 

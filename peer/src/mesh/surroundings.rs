@@ -4,15 +4,25 @@
 //! does not answer or a resolver that is slow, takes it in a task of its own.
 //! Bounds: one task of each kind; starting it anew ends the one before. [`FACTS`] facts wait to be heard.
 
-use std::net::SocketAddr;
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU16,
+    time::Duration,
+};
 
-use peerfleet_proto::path::mapping::Ports;
-use tokio::{sync::mpsc, task::JoinSet};
+use peerfleet_proto::path::{
+    mapping::Ports,
+    nat64::{KNOWN_NAME, Prefix},
+};
+use tokio::{net::lookup_host, sync::mpsc, task::JoinSet, time::sleep};
 
-use super::{interfaces::watch::Watch, sampling::sample};
+use super::{PathConfig, interfaces::watch::Watch, port_mapping::Keeper, sampling::sample};
 
 /// Facts that may wait; tasks wait beyond.
 const FACTS: usize = 16;
+
+/// Pause after no name of a STUN server resolved.
+const RESOLVE_AGAIN: Duration = Duration::from_secs(30);
 
 /// Something that was learnt.
 #[derive(Debug)]
@@ -21,20 +31,92 @@ pub(super) enum Fact {
     Interfaces,
     /// How the NAT picks ports.
     Ports(Ports),
+    /// The address at which the router forwards to us, or none any more.
+    Mapped(Option<SocketAddr>),
+    /// By which prefix the IPv4 internet is reached.
+    Nat64(Prefix),
+    /// Where the STUN servers are that the user named.
+    Responders(Vec<SocketAddr>),
 }
 
 /// The tasks.
 pub(super) struct Surroundings {
+    config: PathConfig,
     tell: mpsc::Sender<Fact>,
     watching: JoinSet<()>,
     sampling: JoinSet<()>,
+    mapping: Option<Keeper>,
+    nat64: JoinSet<()>,
+    resolving: JoinSet<()>,
 }
 
 impl Surroundings {
     /// No tasks, and where their facts will come out.
-    pub(super) fn new() -> (Self, mpsc::Receiver<Fact>) {
+    pub(super) fn new(config: PathConfig) -> (Self, mpsc::Receiver<Fact>) {
         let (tell, facts) = mpsc::channel(FACTS);
-        (Self { tell, watching: JoinSet::new(), sampling: JoinSet::new() }, facts)
+        let none = JoinSet::new;
+        let tasks =
+            Self { config, tell, watching: none(), sampling: none(), mapping: None, nat64: none(), resolving: none() };
+        (tasks, facts)
+    }
+
+    /// Finds out by which prefix a host without IPv4 reaches the IPv4 internet (RFC 7050).
+    pub(super) fn find_nat64(&mut self) {
+        self.nat64 = JoinSet::new();
+        let tell = self.tell.clone();
+        self.nat64.spawn(async move {
+            let found = lookup_host((KNOWN_NAME, 0)).await.into_iter().flatten();
+            let prefix = found.filter_map(|address| match address.ip() {
+                IpAddr::V6(ip) => Prefix::discovered(ip),
+                IpAddr::V4(_) => None,
+            });
+            // A resolver that makes up no addresses may still stand beside a NAT64 that has the usual prefix.
+            let prefix = prefix.into_iter().next().unwrap_or(Prefix::WELL_KNOWN);
+            // Whoever wanted to know may be gone.
+            _ = tell.send(Fact::Nat64(prefix)).await;
+        });
+    }
+
+    /// Finds out where the STUN servers are that the user named, if any; goes on until it knows.
+    pub(super) fn resolve(&mut self) {
+        self.resolving = JoinSet::new();
+        if self.config.stun.is_empty() {
+            return;
+        }
+        let (tell, servers) = (self.tell.clone(), self.config.stun.clone());
+        self.resolving.spawn(async move {
+            loop {
+                let mut all = Vec::new();
+                for server in &servers {
+                    match lookup_host((server.host(), server.port())).await {
+                        Ok(found) => all.extend(found),
+                        Err(error) => tracing::debug!(%server, %error, "a STUN server's name does not resolve"),
+                    }
+                }
+                if !all.is_empty() {
+                    _ = tell.send(Fact::Responders(all)).await;
+                    return;
+                }
+                sleep(RESOLVE_AGAIN).await;
+            }
+        });
+    }
+
+    /// Asks the router to forward this port to us, if the user lets us. One that was asked before, perhaps another router,
+    /// is told that it is over.
+    pub(super) fn map_port(&mut self, port: u16) {
+        // The task of the one before goes on until it has given its mapping back.
+        self.mapping = None;
+        if self.config.port_mapping {
+            self.mapping = NonZeroU16::new(port).map(|port| Keeper::start(port, self.tell.clone()));
+        }
+    }
+
+    /// Gives back what others keep for us; takes at most [`super::port_mapping::RELEASE`].
+    pub(super) async fn leave(&mut self) {
+        if let Some(mapping) = self.mapping.take() {
+            mapping.release().await;
+        }
     }
 
     /// Tells of every change of interfaces from now on, as long as the system does.

@@ -82,7 +82,12 @@ impl Machine {
     /// The command, with nothing of the test's own environment.
     pub(crate) fn command<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(&self, arguments: I) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_peer"));
-        command.args(arguments).env_clear().env("HOME", self.home.path()).current_dir(self.home.path());
+        command
+            .args(arguments)
+            .env_clear()
+            .env("HOME", self.home.path())
+            .env("PEER_PORT_MAPPING", "0")
+            .current_dir(self.home.path());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         command
     }

@@ -294,7 +294,7 @@ impl Machine {
         if let Some(user) = self.user {
             command.uid(user).gid(user);
         }
-        command.env_clear().env("HOME", &self.home).env("PATH", "/usr/bin:/bin");
+        command.env_clear().env("HOME", &self.home).env("PEER_PORT_MAPPING", "0").env("PATH", "/usr/bin:/bin");
         command.env("PEER_STATE_DIR", self.home.join("state")).stdin(Stdio::null());
         command
     }

@@ -13,13 +13,14 @@ use peerfleet_proto::{
     path::{
         Reflexive, ReflexiveEvent,
         mapping::{Mapping, Nat, Ports},
+        nat64::reachable,
     },
     request::link::{Candidate, CandidateKind},
 };
 
 use super::Paths;
 use crate::mesh::{
-    interfaces::{host_candidates, interfaces, networks},
+    interfaces::{host_candidates, interfaces, is_ipv6_only, networks},
     surroundings::Fact,
     wake::{Vigil, world_time},
 };
@@ -59,7 +60,8 @@ impl Paths {
     }
 
     pub(super) fn ask_responders(&mut self, now: Instant) {
-        self.reflexive.set_responders(&self.relay, now);
+        let all: Vec<_> = self.relay.iter().chain(&self.named).copied().collect();
+        self.reflexive.set_responders(&all, now);
         self.reflexive.set_witnesses(&self.witnesses, now);
     }
 
@@ -71,7 +73,43 @@ impl Paths {
                 self.sampled.ports = ports;
                 self.judge(now);
             }
+            Fact::Responders(named) => {
+                self.named = named;
+                self.ask_responders(now);
+            }
+            Fact::Nat64(prefix) => {
+                self.nat64 = Some(prefix);
+                for entry in self.agents.values_mut() {
+                    entry.agent.set_remote(reachable(&entry.theirs, self.nat64), now);
+                }
+            }
+            Fact::Mapped(mapped) => {
+                if self.mapped != mapped {
+                    self.mapped = mapped;
+                    self.tell_candidates(now);
+                }
+            }
         }
+    }
+
+    /// What can be reached of what the other side names.
+    pub(super) fn reachable(&self, theirs: &[Candidate]) -> Vec<Candidate> {
+        reachable(theirs, self.nat64)
+    }
+
+    /// Begins to find out what the system does not know, in the background.
+    pub(super) fn explore(&mut self) {
+        let Some((port, _)) = self.socket else { return };
+        self.surroundings.map_port(port);
+        self.surroundings.resolve();
+        if is_ipv6_only(&self.interfaces) {
+            self.surroundings.find_nat64();
+        }
+    }
+
+    /// Gives back what others keep for us.
+    pub(in crate::mesh) async fn leave(&mut self) {
+        self.surroundings.leave().await;
     }
 
     /// What is known of the NAT in front of us; the others are told.
@@ -122,6 +160,9 @@ impl Paths {
         self.reflexive.restart(now);
         self.hairpin.forget();
         self.sampled = Sampled::default();
+        self.mapped = None;
+        self.nat64 = None;
+        self.explore();
         for entry in self.agents.values_mut() {
             entry.agent.restart(now);
         }

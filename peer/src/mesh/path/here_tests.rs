@@ -9,6 +9,7 @@ use peerfleet_proto::{
 
 use super::*;
 use crate::mesh::{
+    PathConfig,
     path::PathEvent,
     routes::{Remote, Routes},
     socket::FromSocket,
@@ -24,7 +25,7 @@ fn remote() -> Arc<Remote> {
 
 /// Paths with one agent, whose relay answers STUN on two ports.
 fn paths(now: Instant) -> (Paths, tokio::sync::mpsc::Receiver<Fact>) {
-    let (surroundings, facts) = Surroundings::new();
+    let (surroundings, facts) = Surroundings::new(PathConfig::default());
     let mut paths = Paths::new(surroundings, now);
     paths.set_responders(vec![RELAY.parse().unwrap()], Some(8081), now);
     paths.open((PORT, true), now);
