@@ -12,7 +12,7 @@
 //! Members are told apart by instance, not by slot: after a rejoin only those that really went are reported as gone,
 //! and an instance that came back before its old connection was reaped has simply moved. An instance id belongs to the
 //! identity that was first seen with it, for as long as that one is known: nobody takes the place of another. Bounds:
-//! pauses [`REJOIN_MIN`] to [`REJOIN_MAX`]; silence [`DEAD_AFTER`]; members [`MAX_MEMBERS`], each with a presence of at
+//! pauses [`REJOIN_MIN`] to [`REJOIN_MAX`]; silence [`DEAD_AFTER`], or [`MOVED_PATIENCE`] after this machine moved; members [`MAX_MEMBERS`], each with a presence of at
 //! most [`MAX_PRESENCE_BYTES`].
 
 use std::{
@@ -39,6 +39,9 @@ use roster::Roster;
 
 /// Silence after which the connection counts as dead: two keep-alives unanswered, and 10 s for a slow network.
 pub const DEAD_AFTER: Duration = UPLINK_KEEPALIVE.saturating_mul(2).saturating_add(Duration::from_secs(10));
+
+/// Silence after which the connection counts as dead if this machine moved: three round trips of a satellite link.
+pub const MOVED_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Time for DNS, TCP and the upgrade; a SYN that is lost twice comes through within 7 s (RFC 6298 §2).
 pub const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -81,6 +84,8 @@ pub struct Uplink {
     state: State,
     failures: u32,
     heard: Instant,
+    /// When something must have been heard, if this machine moved.
+    answer_by: Option<Instant>,
     roster: Roster,
     transmits: VecDeque<Transmit>,
     events: VecDeque<Event>,
@@ -159,6 +164,7 @@ impl Uplink {
             state: State::Waiting { until: now },
             failures: 0,
             heard: now,
+            answer_by: None,
             roster: Roster::default(),
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -219,11 +225,42 @@ impl Uplink {
     /// Something came over the connection, be it only a pong.
     pub fn handle_heard(&mut self, now: Instant) {
         self.heard = now;
+        self.answer_by = None;
+    }
+
+    /// This machine is in another place of the network now, or slept. `is_cut`: the address that the connection was made from
+    /// is gone, so nothing will ever come over it again; otherwise the relay is asked whether it still hears us.
+    pub fn handle_moved(&mut self, is_cut: bool, now: Instant, rng: &mut impl CryptoRng) {
+        match &mut self.state {
+            State::Waiting { until } => {
+                // Whatever failed before failed elsewhere.
+                *until = now;
+                self.failures = 0;
+            }
+            State::Connecting { .. } | State::Joining { .. } | State::Joined { .. } if is_cut => {
+                self.break_off(LostReason::Broken, now, rng);
+                self.come_back(now);
+            }
+            State::Joined { ping_at, .. } => {
+                *ping_at = now;
+                self.answer_by = Some(now + MOVED_PATIENCE);
+            }
+            State::Connecting { .. } | State::Joining { .. } => {}
+        }
+    }
+
+    /// Joins again at once, if this is no connection that keeps breaking.
+    fn come_back(&mut self, now: Instant) {
+        if let State::Waiting { until } = &mut self.state
+            && self.failures <= 1
+        {
+            *until = now;
+        }
     }
 
     /// The relay itself said something.
     pub fn handle_control(&mut self, word: RelayToPeer, now: Instant, rng: &mut impl CryptoRng) {
-        self.heard = now;
+        self.handle_heard(now);
         match (self.state, word) {
             (State::Waiting { .. } | State::Connecting { .. }, _) => {}
             (_, RelayToPeer::Closing(reason)) => self.break_off(LostReason::Closed(reason), now, rng),
@@ -326,6 +363,7 @@ impl Uplink {
             self.failures = self.failures.max(FAILURES_TO_FULL_PAUSE);
         }
         self.state = State::Waiting { until: now + pause(self.failures, rng) };
+        self.answer_by = None;
         self.failures = self.failures.saturating_add(1);
         self.transmits.clear();
         self.roster.begin_anew(&mut self.events);
@@ -337,12 +375,13 @@ impl Uplink {
         match self.state {
             State::Waiting { until } => until,
             State::Connecting { deadline } | State::Joining { deadline, .. } => deadline,
-            State::Joined { ping_at, .. } => ping_at.min(self.heard + DEAD_AFTER),
+            State::Joined { ping_at, .. } => ping_at.min(self.dead_at()),
         }
     }
 
     /// Time has passed.
     pub fn handle_timeout(&mut self, now: Instant, rng: &mut impl CryptoRng) {
+        let dead_at = self.dead_at();
         match &mut self.state {
             State::Waiting { until } if now >= *until => {
                 self.state = State::Connecting { deadline: now + CONNECT_DEADLINE };
@@ -350,13 +389,25 @@ impl Uplink {
             }
             State::Connecting { deadline } if now >= *deadline => self.break_off(LostReason::NoConnection, now, rng),
             State::Joining { deadline, .. } if now >= *deadline => self.break_off(LostReason::Silent, now, rng),
-            State::Joined { .. } if now >= self.heard + DEAD_AFTER => self.break_off(LostReason::Silent, now, rng),
+            State::Joined { .. } if now >= dead_at => {
+                let has_moved = self.answer_by.take().is_some();
+                self.break_off(LostReason::Silent, now, rng);
+                if has_moved {
+                    self.come_back(now);
+                }
+            }
             State::Joined { keepalive, ping_at, .. } if now >= *ping_at => {
                 *ping_at = now + *keepalive;
                 self.transmits.push_back(Transmit::Ping);
             }
             State::Waiting { .. } | State::Connecting { .. } | State::Joining { .. } | State::Joined { .. } => {}
         }
+    }
+
+    /// When the connection counts as dead if nothing is heard.
+    fn dead_at(&self) -> Instant {
+        let usual = self.heard + DEAD_AFTER;
+        self.answer_by.map_or(usual, |by| by.min(usual))
     }
 
     /// What to send next.

@@ -18,6 +18,7 @@ use peerfleet_proto::{
 };
 
 #[path = "sim/clock.rs"]
+#[expect(dead_code, reason = "little here is random")]
 mod clock;
 
 use clock::Dice;

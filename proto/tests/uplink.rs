@@ -11,7 +11,9 @@ use peerfleet_proto::{
     id::{InstanceId, PeerId, Slot},
     limits::{IDLE_TIMEOUT, JOIN_DEADLINE, MAX_PRESENCE_BYTES, REJOIN_MAX, REJOIN_MIN, UPLINK_KEEPALIVE},
     token::{RoomKeys, Token},
-    uplink::{CONNECT_DEADLINE, Credentials, DEAD_AFTER, Event, LostReason, MAX_MEMBERS, Transmit, Uplink},
+    uplink::{
+        CONNECT_DEADLINE, Credentials, DEAD_AFTER, Event, LostReason, MAX_MEMBERS, MOVED_PATIENCE, Transmit, Uplink,
+    },
     wire::{
         decode,
         relay::{ClosingReason, Member, PeerFrame, PeerToRelay, RelayToPeer, Welcome, control},
@@ -330,6 +332,73 @@ fn nothing_is_sent_of_a_connection_that_is_over() {
     assert_eq!(line.events(), vec![Event::Lost(LostReason::Broken)]);
 }
 
+#[test]
+fn a_connection_from_an_address_that_is_gone_is_made_anew_at_once() {
+    let mut line = Line::new();
+    line.join(&[]);
+    line.moved(true);
+    assert_eq!(line.events(), vec![Event::Disconnect, Event::Lost(LostReason::Broken)]);
+    assert_eq!(line.uplink.poll_timeout(), line.now);
+    line.sleep();
+    assert_eq!(line.events(), vec![Event::Connect]);
+}
+
+#[test]
+fn a_connection_that_may_have_outlived_a_move_is_asked_and_lives_on_if_it_answers() {
+    let mut line = Line::new();
+    line.join(&[]);
+    line.moved(false);
+    line.sleep();
+    assert_eq!(line.uplink.poll_transmit(), Some(Transmit::Ping));
+    line.uplink.handle_heard(line.now + MOVED_PATIENCE / 2);
+    line.now += MOVED_PATIENCE;
+    line.uplink.handle_timeout(line.now, &mut line.rng);
+    assert!(line.uplink.is_joined());
+    assert_eq!(line.events(), vec![]);
+}
+
+#[test]
+fn a_connection_that_is_silent_after_a_move_is_made_anew_at_once() {
+    let mut line = Line::new();
+    line.join(&[]);
+    let moved = line.now;
+    line.moved(false);
+    line.sleep();
+    line.sleep();
+    assert_eq!(line.now, moved + MOVED_PATIENCE);
+    assert_eq!(line.events(), vec![Event::Disconnect, Event::Lost(LostReason::Silent)]);
+    assert_eq!(line.uplink.poll_timeout(), line.now);
+}
+
+#[test]
+fn who_waited_long_for_a_relay_tries_at_once_from_another_place() {
+    let mut line = Line::new();
+    for _ in 0..10 {
+        line.events();
+        line.uplink.handle_disconnected(line.now, &mut line.rng);
+        line.sleep();
+    }
+    line.uplink.handle_disconnected(line.now, &mut line.rng);
+    line.events();
+    assert!(line.uplink.poll_timeout() > line.now + REJOIN_MIN);
+    line.moved(false);
+    line.sleep();
+    assert_eq!(line.events(), vec![Event::Connect]);
+}
+
+#[test]
+fn addresses_that_come_and_go_all_the_time_do_not_flood_the_relay() {
+    let mut line = Line::new();
+    let began = line.now;
+    for _ in 0..10 {
+        line.join(&[]);
+        line.moved(true);
+        line.events();
+        line.sleep();
+    }
+    assert!(line.now - began > REJOIN_MIN * 8, "{:?}", line.now - began);
+}
+
 /// One uplink and its clock.
 struct Line {
     uplink: Uplink,
@@ -382,6 +451,10 @@ impl Line {
 
     fn say(&mut self, word: RelayToPeer) {
         self.uplink.handle_control(word, self.now, &mut self.rng);
+    }
+
+    fn moved(&mut self, is_cut: bool) {
+        self.uplink.handle_moved(is_cut, self.now, &mut self.rng);
     }
 
     /// Jumps to the next time-out.

@@ -7,7 +7,7 @@
 
 use std::{
     collections::HashMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -110,6 +110,8 @@ pub(super) struct Actor {
     uplink: Uplink,
     line: Line,
     relay: Vec<SocketAddr>,
+    /// Where the system sends to the relay from.
+    relay_source: Option<IpAddr>,
     line_trouble: Option<NotJoined>,
     outgoing: Option<ToRelay>,
     presence: Presence,
@@ -193,6 +195,7 @@ impl Actor {
             uplink,
             line: Line::new(config.relay, config.dial, Arc::clone(&switch)),
             relay: Vec::new(),
+            relay_source: None,
             line_trouble: None,
             outgoing: None,
             presence,

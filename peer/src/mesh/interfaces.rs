@@ -172,8 +172,8 @@ pub(super) fn is_ipv6_only(interfaces: &[Interface]) -> bool {
     sources.peek().is_some() && sources.all(|address| address.ip.is_ipv6())
 }
 
-/// The address that the system would send from, without sending.
-fn source_towards(to: SocketAddr) -> Option<IpAddr> {
+/// The address that the system would send from, without sending; `None` for this very machine.
+pub(super) fn source_towards(to: SocketAddr) -> Option<IpAddr> {
     let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).ok()?;
     socket.connect(to).ok()?;

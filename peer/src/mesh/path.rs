@@ -30,7 +30,7 @@ use crate::random;
 
 mod here;
 
-use here::Sampled;
+use here::{Sampled, Watching};
 
 /// What the drivers of links should know.
 #[derive(Debug)]
@@ -42,6 +42,8 @@ pub(super) enum PathEvent {
         /// Directly, or by way of the relay.
         direct: Option<Direct>,
     },
+    /// This machine is in another place of the network, or slept.
+    Elsewhere,
     /// Our own candidates changed: the others should know.
     Candidates(Vec<Candidate>),
 }
@@ -62,6 +64,7 @@ pub(super) struct Paths {
     named: Vec<SocketAddr>,
     nat64: Option<Prefix>,
     nat: Nat,
+    watching: Watching,
     look_at: Instant,
     vigil: Vigil,
     vigil_at: Instant,
@@ -94,6 +97,7 @@ impl Paths {
             named: Vec::new(),
             nat64: None,
             nat: Nat::default(),
+            watching: Watching::Off,
             look_at: now,
             vigil: Vigil::new(now, world_time()),
             vigil_at: now,
@@ -222,20 +226,17 @@ impl Paths {
 
     /// When to call [`Paths::handle_timeout`].
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
-        self.socket?;
+        let watch = self.watch_timeout();
+        if self.socket.is_none() {
+            return watch;
+        }
         let agents = self.agents.values().filter_map(|entry| entry.agent.poll_timeout()).min();
-        let look = (!self.agents.is_empty()).then(|| self.look_at.min(self.vigil_at));
-        [agents, look, self.reflexive.poll_timeout(), self.hairpin.poll_timeout()].into_iter().flatten().min()
+        [agents, watch, self.reflexive.poll_timeout(), self.hairpin.poll_timeout()].into_iter().flatten().min()
     }
 
     /// The time is now.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
-        if !self.agents.is_empty() && self.vigil_at <= now {
-            self.keep_vigil(now);
-        }
-        if !self.agents.is_empty() && self.look_at <= now {
-            self.look(now);
-        }
+        self.handle_watch_timeout(now);
         self.hairpin.handle_timeout(now);
         if self.reflexive.poll_timeout().is_some_and(|at| at <= now) {
             self.reflexive.handle_timeout(now);

@@ -23,6 +23,11 @@ impl Vigil {
         Self { awake, world }
     }
 
+    /// When the last look was.
+    pub(super) fn last_look(&self) -> Instant {
+        self.awake
+    }
+
     /// How long the machine slept since the last look, which should have been followed by this one after `interval`.
     pub(super) fn look(&mut self, awake: Instant, world: Duration, interval: Duration) -> Option<Duration> {
         let passed_here = awake.saturating_duration_since(self.awake);

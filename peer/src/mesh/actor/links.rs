@@ -116,12 +116,20 @@ impl Actor {
         while let Some(event) = self.paths.poll_event(now) {
             match event {
                 PathEvent::Changed { remote, direct } => self.path_changed(&remote, direct),
+                PathEvent::Elsewhere => self.moved(now),
                 PathEvent::Candidates(candidates) => self.tell_candidates(&candidates, now),
             }
         }
         while let Some(transmit) = self.paths.poll_transmit() {
             self.book.send_stun(transmit.to, &transmit.bytes);
         }
+    }
+
+    /// This machine is elsewhere now: does the connection to the relay still stand?
+    fn moved(&mut self, now: Instant) {
+        let is_cut = self.relay_source.is_some_and(|source| !self.paths.has_address(source));
+        self.uplink.handle_moved(is_cut, now, &mut self.rng);
+        self.drain_uplink(now);
     }
 
     fn path_changed(&mut self, remote: &Arc<Remote>, direct: Option<peerfleet_proto::path::Direct>) {

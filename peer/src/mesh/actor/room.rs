@@ -11,7 +11,7 @@ use peerfleet_proto::{
 };
 
 use super::{Actor, LineEvent};
-use crate::mesh::{Caller, NotJoined, roster::Member, wire::ToRelay};
+use crate::mesh::{Caller, NotJoined, interfaces::source_towards, roster::Member, wire::ToRelay};
 
 impl Actor {
     /// Something happened on the line to the relay.
@@ -78,6 +78,8 @@ impl Actor {
 
     fn joined(&mut self, welcome: &Welcome, now: Instant) {
         let responders = welcome.stun.map(|port| responders(&self.relay, port)).unwrap_or_default();
+        self.relay_source = self.relay.first().and_then(|relay| source_towards(*relay));
+        self.paths.watch_soon(now);
         self.paths.set_responders(responders, welcome.stun_alternate, now);
     }
 

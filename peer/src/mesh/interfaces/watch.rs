@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     fn message(kind: u16, body: &[u8]) -> Vec<u8> {
-        let length = u32::try_from(16 + body.len()).unwrap();
+        let length = u32::try_from(16 + body.len()).expect("a short message");
         let mut message = [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), &[0; 10], body].concat();
         message.resize(message.len().next_multiple_of(4), 0);
         message

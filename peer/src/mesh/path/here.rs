@@ -5,7 +5,7 @@
 //! Never looks twice for one burst of changes: it waits for [`SETTLE`] first.
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -18,7 +18,7 @@ use peerfleet_proto::{
     request::link::{Candidate, CandidateKind},
 };
 
-use super::Paths;
+use super::{PathEvent, Paths};
 use crate::mesh::{
     interfaces::{host_candidates, interfaces, is_ipv6_only, networks},
     surroundings::Fact,
@@ -27,19 +27,37 @@ use crate::mesh::{
 
 /// How often the interfaces are looked at where the system does not tell of changes: reading its table takes about a
 /// millisecond, and a laptop that wakes in another network waits no longer than this.
-pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// How often they are looked at where it does; only in case it forgot.
-pub(super) const LOOK_SELDOM: Duration = Duration::from_secs(60);
+const LOOK_SELDOM: Duration = Duration::from_secs(60);
 
 /// Time from the first word of a change to the look: an address comes with its routes, and half a dozen words.
 const SETTLE: Duration = Duration::from_millis(100);
 
 /// How often it is asked whether the machine slept, while there are agents.
-pub(super) const VIGIL_EVERY: Duration = Duration::from_secs(1);
+const VIGIL_EVERY: Duration = Duration::from_secs(1);
+
+/// How often it is asked while there are none: waking a processor for it costs more than a late answer.
+const VIGIL_SELDOM: Duration = Duration::from_secs(5);
+
+/// Time in the room after which this machine's place is watched though there are no links: who asks one thing and goes does
+/// not need it.
+const WATCH_AFTER: Duration = Duration::from_secs(5);
 
 /// Time between two samplings of one NAT's ports: what it does does not change while the interfaces stay.
 const SAMPLE_EVERY: Duration = Duration::from_secs(600);
+
+/// Whether this machine's place is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Watching {
+    /// No: it is in no room.
+    Off,
+    /// From then on.
+    From(Instant),
+    /// Yes.
+    On,
+}
 
 /// What is known of the NAT, beside what the others are told.
 #[derive(Debug, Default)]
@@ -121,21 +139,66 @@ impl Paths {
         }
     }
 
-    /// Begins to look after interfaces and sleep: there is something to lose now.
+    /// Looks after interfaces and sleep from soon on: the connection to the relay is to be made anew when they change.
+    pub(in crate::mesh) fn watch_soon(&mut self, now: Instant) {
+        if self.watching == Watching::Off {
+            self.watching = Watching::From(now + WATCH_AFTER);
+        }
+    }
+
+    /// Looks after interfaces and sleep: there is something to lose now.
     pub(super) fn keep_watch(&mut self, now: Instant) {
         if !self.surroundings.is_watching() {
             self.surroundings.watch();
         }
+        if self.watching != Watching::On && self.socket.is_none() {
+            self.interfaces = interfaces();
+        }
+        self.watching = Watching::On;
         self.vigil = Vigil::new(now, world_time());
-        self.vigil_at = now + VIGIL_EVERY;
+        self.vigil_at = now + self.vigil_interval();
         // It may have changed while nobody looked.
         self.look_at = now;
     }
 
+    fn vigil_interval(&self) -> Duration {
+        if self.agents.is_empty() { VIGIL_SELDOM } else { VIGIL_EVERY }
+    }
+
+    /// When to look next.
+    pub(super) fn watch_timeout(&self) -> Option<Instant> {
+        match self.watching {
+            Watching::Off => None,
+            Watching::From(at) => Some(at),
+            Watching::On => Some(self.look_at.min(self.vigil_at)),
+        }
+    }
+
+    /// Looks, if it is time.
+    pub(super) fn handle_watch_timeout(&mut self, now: Instant) {
+        match self.watching {
+            Watching::From(at) if at <= now => self.keep_watch(now),
+            Watching::On => {
+                if self.vigil_at <= now {
+                    self.keep_vigil(now);
+                }
+                if self.look_at <= now {
+                    self.look(now);
+                }
+            }
+            Watching::Off | Watching::From(_) => {}
+        }
+    }
+
+    /// Whether an interface has this address.
+    pub(in crate::mesh) fn has_address(&self, ip: IpAddr) -> bool {
+        self.interfaces.iter().flat_map(|interface| &interface.addresses).any(|address| address.ip == ip)
+    }
+
     /// Looks at the interfaces, and begins anew if they are others than before.
-    pub(super) fn look(&mut self, now: Instant) {
-        let every = if self.surroundings.is_watching() { LOOK_SELDOM } else { LOOK_EVERY };
-        self.look_at = now + every;
+    fn look(&mut self, now: Instant) {
+        let is_told = self.surroundings.is_watching() || self.agents.is_empty();
+        self.look_at = now + if is_told { LOOK_SELDOM } else { LOOK_EVERY };
         let interfaces = interfaces();
         if interfaces != self.interfaces {
             tracing::info!("an interface changed: looking for paths anew");
@@ -145,9 +208,10 @@ impl Paths {
     }
 
     /// Asks whether the machine slept. If so the NAT has forgotten us, and the others do not know that we are back.
-    pub(super) fn keep_vigil(&mut self, now: Instant) {
-        self.vigil_at = now + VIGIL_EVERY;
-        if let Some(asleep) = self.vigil.look(now, world_time(), VIGIL_EVERY) {
+    fn keep_vigil(&mut self, now: Instant) {
+        let interval = self.vigil_at.saturating_duration_since(self.vigil.last_look());
+        self.vigil_at = now + self.vigil_interval();
+        if let Some(asleep) = self.vigil.look(now, world_time(), interval) {
             tracing::info!(?asleep, "this machine slept: looking for paths anew");
             self.interfaces = interfaces();
             self.begin_anew(now);
@@ -155,6 +219,7 @@ impl Paths {
     }
 
     fn begin_anew(&mut self, now: Instant) {
+        self.events.push_back(PathEvent::Elsewhere);
         let Some((port, with_ipv6)) = self.socket else { return };
         self.hosts = host_candidates(&self.interfaces, port, with_ipv6);
         self.reflexive.restart(now);

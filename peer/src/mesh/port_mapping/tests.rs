@@ -86,10 +86,8 @@ fn pcp_answer(request: &[u8], external: Ipv4Addr, life: u32) -> Vec<u8> {
 }
 
 async fn mapped(facts: &mut mpsc::Receiver<Fact>) -> Option<SocketAddr> {
-    match facts.recv().await.unwrap() {
-        Fact::Mapped(mapped) => mapped,
-        other => panic!("another fact: {other:?}"),
-    }
+    let Fact::Mapped(mapped) = facts.recv().await.unwrap() else { panic!("a fact of another kind") };
+    mapped
 }
 
 fn keeper(place: Place) -> (Keeper, mpsc::Receiver<Fact>) {
