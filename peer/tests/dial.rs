@@ -60,6 +60,13 @@ async fn a_certificate_signed_by_itself_is_good_when_it_is_trusted_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_end_of_tls_that_speaks_1_2_at_most_will_do() {
+    let (relay, authority) = (TestRelay::start(), Authority::new());
+    let front = Server::tls(authority.old_server(&["localhost"]), Manner::Forward(relay.address)).await;
+    joins(&mesh(&format!("wss://localhost:{}", front.address.port()), trusting(&authority))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_relay_beneath_a_path_is_joined_through_what_takes_the_path_off() {
     let (relay, authority) = (TestRelay::start(), Authority::new());
     let front = authority.server(&["localhost"], Span::Now);

@@ -1,5 +1,7 @@
 //! `peer status`: how this machine stands in its room.
 
+use std::time::Duration;
+
 use clap::Args;
 use peerfleet_proto::request::transfer::PathNow;
 use serde_json::json;
@@ -28,9 +30,12 @@ Examples:
 impl Status {
     pub(super) async fn run(self, context: &Context) -> Result<u8> {
         let client = context.client().await?;
-        let why_not = match client.is_daemon() {
-            true => None,
-            false => client.joined(JOIN_WAIT).await?.err(),
+        let standing = client.status().await?;
+        let why_not = match (standing.uplink, client.is_daemon()) {
+            (UplinkState::Joined, _) => None,
+            // It has been trying since it was started: what it knows, it knows now.
+            (UplinkState::Joining, true) => client.joined(Duration::ZERO).await?.err(),
+            (UplinkState::Joining, false) => client.joined(JOIN_WAIT).await?.err(),
         };
         let standing = client.status().await?;
         let hosts = client.hosts_now().await?;
@@ -39,7 +44,8 @@ impl Status {
         } else {
             as_words(context, &client, &standing, &hosts)?;
             if let Some(why) = why_not {
-                context.ui.warn(&format!("the room is not joined: {why}"));
+                let hint = why.hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default();
+                context.ui.warn(&format!("the room is not joined: {why}{hint}"));
             }
         }
         client.close().await;

@@ -6,9 +6,10 @@ use data_encoding::BASE64;
 use peerfleet_peer::mesh::Authorities;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 use tokio_rustls::rustls::{
-    ServerConfig,
+    ServerConfig, SupportedProtocolVersion,
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, PrivateKeyDer},
+    version::{TLS12, TLS13},
 };
 
 /// An authority, which signs what it is asked to.
@@ -44,8 +45,22 @@ impl Authority {
         Authorities::from_pem(self.pem.as_bytes()).unwrap()
     }
 
+    /// What a server of some years ago needs, which speaks nothing newer than TLS 1.2.
+    pub(crate) fn old_server(&self, names: &[&str]) -> Arc<ServerConfig> {
+        self.server_of(&[&TLS12], names, Span::Now)
+    }
+
     /// What a server needs to show that it is one of `names`.
     pub(crate) fn server(&self, names: &[&str], span: Span) -> Arc<ServerConfig> {
+        self.server_of(&[&TLS13, &TLS12], names, span)
+    }
+
+    fn server_of(
+        &self,
+        versions: &[&'static SupportedProtocolVersion],
+        names: &[&str],
+        span: Span,
+    ) -> Arc<ServerConfig> {
         let key = KeyPair::generate().unwrap();
         let mut params = leaf(names);
         match span {
@@ -54,7 +69,7 @@ impl Authority {
             Span::Future => params.not_before = date_time_ymd(3001, 1, 1),
         }
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        server(certificate.der().clone(), &key)
+        server(versions, certificate.der().clone(), &key)
     }
 }
 
@@ -65,7 +80,7 @@ pub(crate) fn self_signed(names: &[&str]) -> (Arc<ServerConfig>, Authorities) {
     params.is_ca = IsCa::ExplicitNoCa;
     let certificate = params.self_signed(&key).unwrap();
     let trusted = Authorities::from_pem(pem(certificate.der()).as_bytes()).unwrap();
-    (server(certificate.der().clone(), &key), trusted)
+    (server(&[&TLS13], certificate.der().clone(), &key), trusted)
 }
 
 fn leaf(names: &[&str]) -> CertificateParams {
@@ -73,10 +88,14 @@ fn leaf(names: &[&str]) -> CertificateParams {
 }
 
 /// As reverse proxies are usually set up: they would rather speak HTTP/2.
-fn server(certificate: CertificateDer<'static>, key: &KeyPair) -> Arc<ServerConfig> {
+fn server(
+    versions: &[&'static SupportedProtocolVersion],
+    certificate: CertificateDer<'static>,
+    key: &KeyPair,
+) -> Arc<ServerConfig> {
     let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
     let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-        .with_safe_default_protocol_versions()
+        .with_protocol_versions(versions)
         .unwrap()
         .with_no_client_auth()
         .with_single_cert(vec![certificate], key)

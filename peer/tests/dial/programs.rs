@@ -25,7 +25,6 @@ struct Way {
     _relay: TestRelay,
     front: Server,
     proxy: Server,
-    authority: Authority,
     folder: tempfile::TempDir,
     token: String,
 }
@@ -37,10 +36,11 @@ impl Way {
         let front = Server::tls(front, Manner::Strip("/fleet", relay.address)).await;
         let proxy = Server::plain(Manner::Tunnel(Some(CREDENTIALS), front.address)).await;
         let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join("ca.pem"), &authority.pem).unwrap();
+        let bundle = format!("Those trusted here:\n{}\n# and\n{}", Authority::named("another").pem, authority.pem);
+        fs::write(folder.path().join("ca.pem"), bundle).unwrap();
         let token = Command::new(env!("CARGO_BIN_EXE_peer")).args(["token", "new"]).env_clear().output().await.unwrap();
         let token = String::from_utf8(token.stdout).unwrap().trim().to_owned();
-        Self { _relay: relay, front, proxy, authority, folder, token }
+        Self { _relay: relay, front, proxy, folder, token }
     }
 
     fn ca_file(&self) -> PathBuf {
@@ -129,7 +129,6 @@ async fn what_is_wrong_on_the_way_is_told_in_three_lines_without_a_secret() {
     let trusted = way.ca_file();
     let stranger = way.folder.path().join("stranger.pem");
     fs::write(&stranger, Authority::named("a stranger").pem).unwrap();
-    assert!(!way.authority.pem.is_empty());
     let cases = [
         (&wrong, &trusted, "cause: the proxy http://127.0.0.1:", "USER:PASSWORD"),
         (&right, &stranger, "cause: the certificate of the relay relay.invalid:443 is signed by nobody", "--ca-file"),
@@ -149,6 +148,22 @@ async fn what_is_wrong_on_the_way_is_told_in_three_lines_without_a_secret() {
         assert!(said.contains(&format!("\n{cause}")) && advice.contains(hint), "{said}");
         way.keeps_secrets(&said);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_says_in_its_status_why_it_is_not_in_the_room() {
+    let way = Way::new().await;
+    let _daemon = way.daemon("one", "", |one| one.env("PEER_PROXY", format!("http://{}", way.proxy.address)));
+    let told = async {
+        loop {
+            let said = text(&way.peer("one", "status").output().await.unwrap()).1;
+            if said.contains("the room is not joined: the proxy") && said.contains("USER:PASSWORD") {
+                return;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    assert!(timeout(DEADLINE, told).await.is_ok(), "{}", way.log("one"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
