@@ -120,6 +120,15 @@ mod tests {
         assert!(excepts("a,*", "192.0.2.1", 80));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_list_excepts_or_does_not(list in "[a-z0-9.:/*, \\[\\]%-]{0,40}", host in "[a-z0-9.:]{0,20}", port: u16) {
+            let _ = excepts(&list, &host, port);
+            let everything = list + ",*";
+            proptest::prop_assert!(excepts(&everything, &host, port));
+        }
+    }
+
     #[test]
     fn what_does_not_read_excepts_nothing() {
         for list in [",", " , ", ".", "*.", ":80", "[", "[]", "[::1", "/8", "10.0.0.0/", "example.net:x"] {

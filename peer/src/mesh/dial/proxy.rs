@@ -331,6 +331,24 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_a_proxy_or_refused(text in "(https?://)?([a-z%:@\\[]{0,12}@)?\\PC{0,24}") {
+            if let Ok(proxy) = text.parse::<Proxy>() {
+                proptest::prop_assert_eq!(proxy.to_string().parse::<Proxy>().unwrap().to_string(), proxy.to_string());
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_an_answer_or_refused(bytes: Vec<u8>, head in proptest::bool::ANY) {
+            let start: &[u8] = if head { b"HTTP/1.1 " } else { b"" };
+            let answer = [start, &bytes].concat();
+            for len in 0..=answer.len() {
+                read(&answer[..len], false);
+            }
+        }
+    }
+
     async fn answered(answer: &[u8]) -> (String, Result<(), ProxyFault>) {
         let (mut near, mut far) = tokio::io::duplex(64 * 1024);
         far.write_all(answer).await.unwrap();
