@@ -115,7 +115,8 @@ mod tests {
         let (_, address) = connect_any(&[silent.address, live.local_addr().unwrap()]).await.unwrap();
         assert_eq!(address, live.local_addr().unwrap());
         assert!(begun.elapsed() >= NEXT_ATTEMPT, "the first address had no head start");
-        assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+        // The system itself would go on trying for two minutes.
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     }
 
     #[tokio::test]
