@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use peerfleet_peer::{
-    mesh::{BoxFuture, Caller, DialConfig, Mesh, MeshConfig, NotJoined, Proxy, Serve, Stream},
+    mesh::{BoxFuture, Caller, DialConfig, Mesh, MeshConfig, NotJoined, PathConfig, Proxy, Serve, Stream},
     random::SystemRandom,
 };
 use peerfleet_proto::{
@@ -341,6 +341,7 @@ fn mesh(url: &str, dial: DialConfig) -> Mesh {
             epoch: Epoch([0; 16]),
         },
         udp: true,
+        paths: PathConfig::default(),
     };
     Mesh::start(config, Arc::new(Echo))
 }
