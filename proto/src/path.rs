@@ -6,39 +6,50 @@
 //! that was asked, to a check of ours; what anybody else sends moves nothing and is not answered.
 //!
 //! States: `Punching` (every pair is checked in rounds, 5 s apart at first and 5 min at last, for ever) -> `Direct` (an
-//! answer was measured) -> `Punching` (checks of the path went unanswered for [`direct::GRACE`]). New candidates or a changed
-//! interface begin a new round at once, in either state. Rounds are not jittered: the two sides' should meet.
+//! answer was measured) -> `Punching` (checks of the path went unanswered, data was not acknowledged although they were
+//! answered, or the address that packets left from is gone: [`direct`]). New candidates or a changed interface begin a new
+//! round at once, in either state. Rounds are not jittered: the two sides' should meet. A path moves without a pause where
+//! another pair is proved to be better ([`score`]), or is proved while the path is silent.
 //!
 //! Bounds: [`MAX_CANDIDATES`](crate::limits::MAX_CANDIDATES) and [`pair::MAX_PEER_REFLEXIVE`] pairs, [`check::BUDGET`] checks a pair,
-//! one check in [`PACE`], [`transaction::MAX_WAITING`] unanswered, [`MAX_QUEUED`] datagrams to be sent.
+//! one check in [`PACE`], [`transaction::MAX_WAITING`] unanswered, [`MAX_QUEUED`] datagrams to be sent. [`Agents`] holds all
+//! agents of a process to one [`Budget`].
 
 use std::{
     collections::VecDeque,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
-use crate::stun::{Class, Message, StunFault};
+use crate::stun::StunFault;
 
+pub mod agents;
+pub mod binding;
+pub mod budget;
 pub mod candidate;
 pub mod check;
 pub mod direct;
 pub mod mapping;
 pub mod nat64;
 pub mod pair;
+mod receive;
 pub mod reflexive;
 pub mod score;
 pub mod transaction;
+mod watch;
 
+pub use agents::Agents;
+pub use budget::Budget;
 pub use candidate::{Candidate, CandidateKind, Network, Reach};
 pub use check::{CheckKey, Role};
 pub use mapping::{Hairpin, Sampling};
 pub use reflexive::{Reflexive, ReflexiveEvent};
 
+use binding::Binding;
 use check::Codec;
 use direct::Current;
 use pair::Pairs;
-use transaction::{Transactions, Unasked};
+use transaction::Transactions;
 
 /// Time between two checks of one agent: 200 in a second, which no home router minds.
 pub const PACE: Duration = Duration::from_millis(5);
@@ -132,16 +143,20 @@ pub enum Ignored {
 ///
 /// After every `handle_*`, `set_*`, `on_*` and [`Agent::restart`] drain [`Agent::poll_transmit`] and [`Agent::poll_event`], then
 /// sleep until [`Agent::poll_timeout`] and call [`Agent::handle_timeout`]. Nothing is checked until both sides' candidates
-/// are set.
+/// are set. Where there are many agents, [`Agents`] does all that.
 #[derive(Debug)]
 pub struct Agent {
     // Where things stand.
     pairs: Pairs,
     state: State,
+    binding: Binding,
     codec: Codec,
+    role: Role,
     transactions: Transactions,
     /// When the next check may be sent.
     pace: Instant,
+    /// Checks are sent when [`Agents`] says so.
+    is_metered: bool,
     // What the caller has not fetched.
     outbox: VecDeque<Transmit>,
     changed: bool,
@@ -150,8 +165,17 @@ pub struct Agent {
 
 #[derive(Debug)]
 enum State {
-    Punching { next_round: Instant, pause: Duration },
-    Direct { current: Current, next_upgrade: Instant },
+    Punching {
+        next_round: Instant,
+        pause: Duration,
+    },
+    Direct {
+        current: Current,
+        next_upgrade: Instant,
+        /// Other packets came one after the other since the last look for a better path; who does not use a path needs no
+        /// better one.
+        is_used: bool,
+    },
 }
 
 impl State {
@@ -167,9 +191,12 @@ impl Agent {
         Self {
             pairs: Pairs::default(),
             state: State::punching(now),
+            binding: Binding::default(),
             codec: Codec::new(&config.key, config.role),
-            transactions: Transactions::new(config.seed),
+            role: config.role,
+            transactions: Transactions::hinted(config.seed),
             pace: now,
+            is_metered: false,
             outbox: VecDeque::new(),
             changed: false,
             now,
@@ -182,10 +209,12 @@ impl Agent {
         self.pairs.set_networks(networks);
     }
 
-    /// Our own candidates, in place of those before. If they differ, everything is checked anew.
+    /// Our own candidates, in place of those before. If an interface changed, everything is checked anew, and a path whose ground
+    /// is gone is left at once.
     pub fn set_local(&mut self, candidates: Vec<Candidate>, now: Instant) {
-        if self.pairs.set_local(&candidates, self.current(), now) {
-            self.restart(now);
+        if let Some(before) = self.pairs.set_local(&candidates, self.current(), now) {
+            self.ground_changed(&before, now);
+            self.drive(now);
         }
     }
 
@@ -193,10 +222,14 @@ impl Agent {
     /// path the others too.
     pub fn set_remote(&mut self, candidates: Vec<Candidate>, now: Instant) {
         if self.pairs.set_remote(&candidates, self.current(), now) {
-            match self.state {
-                State::Punching { .. } => self.restart(now),
-                State::Direct { .. } => self.drive(now),
+            match &mut self.state {
+                State::Punching { .. } => {
+                    self.pairs.ensure_all(now);
+                    self.state = State::punching(now);
+                }
+                State::Direct { .. } => self.doubt(now),
             }
+            self.drive(now);
         }
     }
 
@@ -210,22 +243,6 @@ impl Agent {
         self.drive(now);
     }
 
-    /// Takes a datagram whose first byte says STUN ([`crate::stun::is_stun`]).
-    pub fn handle_packet(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> Handled {
-        let from = candidate::canonical(from);
-        let handled = match Message::parse(bytes) {
-            Err(fault) => Err(Ignored::Malformed(fault)),
-            Ok(message) if !message.is_binding() => Err(Ignored::NotOurs),
-            Ok(message) => match message.class() {
-                Class::Request => self.handle_check(from, &message, bytes.len(), now),
-                Class::Success => self.handle_answer(from, &message, now),
-                Class::Indication | Class::Error => Err(Ignored::NotOurs),
-            },
-        };
-        self.drive(now);
-        handled.unwrap_or_else(Handled::Ignored)
-    }
-
     /// Other packets were sent on the direct path. May be told coarsely, say every 50 ms.
     pub fn on_sent(&mut self, now: Instant) {
         if let State::Direct { current, .. } = &mut self.state {
@@ -237,9 +254,54 @@ impl Agent {
     /// Other packets came from `from`. They prove nothing, for anybody can send them; they only put off suspicion.
     pub fn on_received(&mut self, from: SocketAddr, now: Instant) {
         if self.pairs.contains(&candidate::canonical(from))
-            && let State::Direct { current, .. } = &mut self.state
+            && let State::Direct { current, is_used, .. } = &mut self.state
         {
-            current.on_received();
+            current.on_received(now);
+            *is_used |= current.is_flowing();
+        }
+        self.drive(now);
+    }
+
+    /// Data that wants to be acknowledged was sent on the direct path. May be told coarsely, say every 250 ms. Whoever tells
+    /// this must tell [`Agent::on_delivered`] too; whoever tells neither is not protected from a path that answers checks and
+    /// carries no data.
+    pub fn on_data_sent(&mut self, now: Instant) {
+        if let State::Direct { current, .. } = &mut self.state {
+            current.on_data_sent(now);
+        }
+        self.drive(now);
+    }
+
+    /// Data that was sent on the direct path was acknowledged, under keys that nobody else has: this proves it as an answered
+    /// check does.
+    pub fn on_delivered(&mut self, now: Instant) {
+        if let State::Direct { current, .. } = &mut self.state {
+            current.on_delivered(now);
+            let addr = current.addr;
+            if let Some(pair) = self.pairs.get_mut(&addr) {
+                pair.trust();
+            }
+        }
+        self.drive(now);
+    }
+
+    /// Packets came by way of the relay: the other side does not use the direct path. If our checks of it go unanswered too, it
+    /// is left sooner.
+    pub fn on_relayed(&mut self, now: Instant) {
+        if let State::Direct { current, .. } = &mut self.state {
+            current.is_shunned();
+        }
+        self.drive(now);
+    }
+
+    /// The address of ours that packets on the path taken leave from, as the system says; `None` if it knows no way there. To be
+    /// told after [`Event::PathChanged`] and when an interface or a route changed. If it is another one than before, the
+    /// path is left at once: its NAT, if there is one, has never heard of the new one.
+    pub fn on_source(&mut self, source: Option<IpAddr>, now: Instant) {
+        if let State::Direct { current, .. } = &mut self.state
+            && current.set_source(source.map(|ip| ip.to_canonical()))
+        {
+            self.lose(now);
         }
         self.drive(now);
     }
@@ -249,6 +311,11 @@ impl Agent {
         let addr = self.current()?;
         let rtt = self.pairs.rtt(&addr).expect("the path taken was proved, and its pair stays while it is taken");
         Some(Direct { addr, rtt })
+    }
+
+    /// Whether data was acknowledged on the path taken, as far as anybody said ([`Agent::on_delivered`]).
+    pub fn is_delivering(&self) -> bool {
+        self.watched().is_some_and(Current::is_delivering)
     }
 
     /// What to send.
@@ -263,19 +330,8 @@ impl Agent {
 
     /// When to call [`Agent::handle_timeout`].
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.changed || !self.outbox.is_empty() {
-            return Some(self.now);
-        }
-        let check = self.pairs.next_due().map(|due| due.max(self.pace));
-        let watch = self
-            .path()
-            .zip(self.watched())
-            .and_then(|(path, current)| current.next_wake(path.rtt, self.pairs.is_planned(&path.addr)));
-        let round = match &self.state {
-            State::Punching { next_round, .. } => (!self.pairs.is_empty()).then_some(*next_round),
-            State::Direct { next_upgrade, .. } => Some(*next_upgrade),
-        };
-        [check, watch, round].into_iter().flatten().min()
+        let check = if self.is_metered { None } else { self.next_check() };
+        [check, self.next_wake()].into_iter().flatten().min()
     }
 
     /// The time is now.
@@ -283,87 +339,34 @@ impl Agent {
         self.drive(now);
     }
 
-    fn handle_check(
-        &mut self,
-        from: SocketAddr,
-        check: &Message<'_>,
-        length: usize,
-        now: Instant,
-    ) -> Result<Handled, Ignored> {
-        if !self.codec.is_addressed(check) {
-            return Err(Ignored::NotOurs);
-        }
-        if !self.codec.is_authentic(check) {
-            return Err(Ignored::Forged);
-        }
-        if check.unknown_required().is_some() {
-            return Err(Ignored::UnknownAttribute);
-        }
-        if !self.codec.is_fresh(check) {
-            return Err(Ignored::Repeated);
-        }
-        if !candidate::is_usable(from) {
-            return Err(Ignored::WrongSource);
-        }
-        let bytes = self.codec.answer(check.transaction(), from);
-        if self.outbox.len() >= MAX_QUEUED || bytes.len() > length {
-            return Err(Ignored::NoAnswer);
-        }
-        self.outbox.push_back(Transmit { to: from, bytes });
-        self.check_back(from, now);
-        Ok(Handled::Check)
+    /// From now on checks are sent by [`Agent::send_check`] alone.
+    fn meter(&mut self) {
+        self.is_metered = true;
     }
 
-    /// The other side can send from there: can we send to there?
-    fn check_back(&mut self, from: SocketAddr, now: Instant) {
-        let current = self.current();
-        let Some(pair) = self.pairs.learn(from, current, now) else { return };
+    /// When a check is due.
+    fn next_check(&self) -> Option<Instant> {
+        self.pairs.next_due().map(|due| due.max(self.pace))
+    }
+
+    /// Whether the path taken is to be checked: this goes before looking for others.
+    fn is_pressing(&self) -> bool {
+        self.current().is_some_and(|addr| self.pairs.is_planned(&addr))
+    }
+
+    /// When something other than a check is due.
+    fn next_wake(&self) -> Option<Instant> {
+        if self.changed || !self.outbox.is_empty() {
+            return Some(self.now);
+        }
         match &self.state {
-            State::Punching { .. } => pair.plan.ensure(now),
-            State::Direct { .. } => {
-                if current != Some(from) && !pair.is_fresh(now) {
-                    pair.plan.trigger(now);
-                }
+            State::Punching { next_round, .. } => (!self.pairs.is_empty()).then_some(*next_round),
+            State::Direct { current, next_upgrade, .. } => {
+                let rtt = self.pairs.rtt(&current.addr).unwrap_or_default();
+                let interval = self.binding.interval(self.role);
+                let watch = current.next_wake(rtt, interval, self.pairs.is_planned(&current.addr));
+                Some(watch.map_or(*next_upgrade, |watch| watch.min(*next_upgrade)))
             }
-        }
-    }
-
-    fn handle_answer(&mut self, from: SocketAddr, answer: &Message<'_>, now: Instant) -> Result<Handled, Ignored> {
-        let asked_at = self.transactions.find(answer.transaction(), from, now).map_err(|unasked| match unasked {
-            Unasked::Unknown => Ignored::NotOurs,
-            Unasked::WrongSource => Ignored::WrongSource,
-        })?;
-        if !self.codec.is_authentic(answer) {
-            return Err(Ignored::Forged);
-        }
-        if answer.unknown_required().is_some() {
-            return Err(Ignored::UnknownAttribute);
-        }
-        self.transactions.end(answer.transaction());
-        // The pair may be gone, if the other side no longer names it.
-        if let Some(pair) = self.pairs.get_mut(&from) {
-            pair.proved(now.saturating_duration_since(asked_at), now);
-            self.consider(from, now);
-        }
-        Ok(Handled::Answer)
-    }
-
-    /// A pair was proved: is it the path to take?
-    fn consider(&mut self, addr: SocketAddr, now: Instant) {
-        let better = match &mut self.state {
-            State::Punching { .. } => true,
-            State::Direct { current, .. } if current.addr == addr => {
-                current.answered(now);
-                false
-            }
-            State::Direct { current, .. } => {
-                let scores = self.pairs.score(&addr).zip(self.pairs.score(&current.addr));
-                scores.is_some_and(|(new, old)| new.displaces(&old))
-            }
-        };
-        if better {
-            self.state = State::Direct { current: Current::new(addr, now), next_upgrade: now + UPGRADE };
-            self.changed = true;
         }
     }
 
@@ -380,47 +383,24 @@ impl Agent {
             State::Punching { .. } => {}
             State::Direct { .. } => self.watch(now),
         }
-        self.send_check(now);
-    }
-
-    /// Looks after the path taken.
-    fn watch(&mut self, now: Instant) {
-        let Some(path) = self.path() else { return };
-        let State::Direct { current, next_upgrade } = &mut self.state else { return };
-        if current.is_lost(now) {
-            self.state = State::punching(now);
-            self.changed = true;
-            self.pairs.forget_unproved();
-            self.pairs.begin_all(now);
-            return;
-        }
-        if current.wants_check(path.rtt, now)
-            && !self.pairs.is_planned(&path.addr)
-            && let Some(pair) = self.pairs.get_mut(&path.addr)
-        {
-            pair.plan.trigger(now);
-        }
-        if *next_upgrade <= now {
-            *next_upgrade = now + UPGRADE;
-            self.pairs.forget_unproved();
-            if self.pairs.reach(&path.addr) == Reach::Wide || path.rtt > GOOD_ENOUGH {
-                self.pairs.trigger_others(path.addr, now);
-            }
+        if !self.is_metered {
+            self.send_check(now);
         }
     }
 
+    /// Sends the check that is due, if the pace allows one.
     fn send_check(&mut self, now: Instant) {
         if self.pace > now {
             return;
         }
-        let Some(to) = self.pairs.take_due(now) else { return };
+        let Some(to) = self.pairs.take_due(self.current(), now) else { return };
         let bytes = self.codec.request(self.transactions.begin(to, now));
         self.outbox.push_back(Transmit { to, bytes });
         self.pace = now + PACE;
         if let State::Direct { current, .. } = &mut self.state
             && current.addr == to
         {
-            current.checked(self.pairs.rtt(&to).unwrap_or_default(), now);
+            current.checked(now);
         }
     }
 

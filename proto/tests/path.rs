@@ -13,6 +13,7 @@ use peerfleet_proto::{
     path::{
         Agent, Candidate, CandidateKind, CheckKey, Config, Direct, Event, Handled, Ignored, MAX_QUEUED, PACE,
         ROUND_MAX, ROUND_MIN, Role, Transmit, UPGRADE,
+        binding::KEEP_ALIVE_FIRST,
         check::{BUDGET, BUDGET_WINDOW, BURST},
         direct::{GRACE, KEEP_ALIVE, SUSPICION},
         pair::MAX_PEER_REFLEXIVE,
@@ -186,12 +187,13 @@ fn an_unsolicited_check_is_answered_and_checked_back() {
 }
 
 #[test]
-fn an_idle_path_is_checked_every_five_seconds() {
+fn an_idle_path_is_checked_ever_less_often_down_to_every_25_seconds() {
     let mut two = Two::direct();
-    let began = two.now;
-    let times = two.check_times(Duration::from_secs(26));
-    let seconds: Vec<_> = times.iter().map(|at| (*at - began).as_secs_f64().round() as u64).collect();
-    assert_eq!(seconds, [5, 10, 15, 20, 25]);
+    let times = two.check_times(Duration::from_secs(600));
+    let pauses: Vec<_> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(times[0] - two.began <= KEEP_ALIVE_FIRST && pauses.is_sorted(), "{pauses:?}");
+    // The side that controls is the earlier one, by an eighth.
+    assert_eq!(pauses.last().map(|pause| pause.as_secs()), Some(KEEP_ALIVE.as_secs() * 7 / 8));
 }
 
 #[test]
@@ -737,6 +739,7 @@ impl Lone {
 /// Two agents that share a key, and what passes between them by hand: [`HERE`] and [`THERE`].
 struct Two {
     agents: [Agent; 2],
+    began: Instant,
     now: Instant,
 }
 
@@ -745,7 +748,7 @@ impl Two {
         let now = beginning();
         let agents = [(Role::Controlling, 1), (Role::Controlled, 2)]
             .map(|(role, seed)| Agent::new(Config { key: key(1), role, seed: [seed; 32] }, now));
-        Self { agents, now }
+        Self { agents, began: now, now }
     }
 
     /// Both have a path, nothing is planned or queued, and the last answer came now.

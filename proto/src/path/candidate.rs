@@ -122,6 +122,30 @@ impl Local {
         Self { addrs, networks }
     }
 
+    /// Whether the interfaces have the same addresses as those of `other`.
+    pub fn has_interfaces_of(&self, other: &Self) -> bool {
+        self.hosts().eq(other.hosts())
+    }
+
+    /// What becomes of a path to `remote` when the interfaces were those of `before` until now. Packets left from `source`, as
+    /// far as anybody said.
+    pub fn ground(&self, before: &Self, remote: SocketAddr, source: Option<IpAddr>) -> Ground {
+        if let Some(source) = source {
+            let stays = self.hosts().any(|addr| addr.ip() == source);
+            return if stays { Ground::Unsure } else { Ground::Gone };
+        }
+        let carries = |local: &Self| match before.reach(remote) {
+            Reach::Loopback => true,
+            Reach::Lan => local.reach(remote) == Reach::Lan,
+            Reach::Wide => local.hosts().any(|addr| addr.is_ipv4() == remote.is_ipv4() && !addr.ip().is_loopback()),
+        };
+        if carries(before) && !carries(self) { Ground::Gone } else { Ground::Unsure }
+    }
+
+    fn hosts(&self) -> impl Iterator<Item = SocketAddr> {
+        self.addrs.iter().filter(|(_, kind)| **kind == CandidateKind::Host).map(|(addr, _)| *addr)
+    }
+
     /// Whether a check to this address could arrive: loopback from loopback only, the same family, and not ourselves.
     pub fn can_reach(&self, remote: SocketAddr) -> bool {
         let ourselves = self.addrs.get(&remote) == Some(&CandidateKind::Host);
@@ -139,6 +163,36 @@ impl Local {
         } else {
             Reach::Wide
         }
+    }
+}
+
+/// What a change of interfaces means for a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ground {
+    /// The address that packets left from is gone, or every one that they could have left from.
+    Gone,
+    /// It may stand or not.
+    Unsure,
+}
+
+/// Place of an address in the order of first checks, the likeliest first: this network by IPv6, by IPv4, this machine, the world
+/// by IPv6, by IPv4, what a router was asked to forward, what was only seen, and last private addresses of other networks,
+/// which lead somewhere only where networks are joined.
+pub fn order(addr: SocketAddr, kind: CandidateKind, reach: Reach) -> u8 {
+    match (reach, kind) {
+        (Reach::Lan, _) => u8::from(addr.is_ipv4()),
+        (Reach::Loopback, _) => 2,
+        (Reach::Wide, CandidateKind::Host) if is_private(addr.ip()) => 7,
+        (Reach::Wide, CandidateKind::Host) => 3 + u8::from(addr.is_ipv4()),
+        (Reach::Wide, CandidateKind::Mapped) => 5,
+        (Reach::Wide, CandidateKind::ServerReflexive | CandidateKind::PeerReflexive) => 6,
+    }
+}
+
+fn is_private(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_private() || ip.is_link_local(),
+        IpAddr::V6(ip) => ip.is_unique_local(),
     }
 }
 
@@ -219,6 +273,42 @@ mod tests {
         let local = Local::new(&[host("192.168.1.4:7")], &[]);
         assert!(!local.can_reach("192.168.1.4:7".parse().unwrap()));
         assert!(local.can_reach("192.168.1.4:8".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_path_loses_its_ground_with_the_address_it_leaves_from() {
+        let before = Local::new(&[host("192.168.1.4:7"), host("10.9.0.4:7"), host("127.0.0.1:7")], &[]);
+        let after = Local::new(&[host("10.9.0.4:7"), host("127.0.0.1:7")], &[]);
+        let offline = Local::new(&[host("127.0.0.1:7")], &[]);
+        let ground = |after: &Local, remote: &str, source: Option<&str>| {
+            after.ground(&before, remote.parse().unwrap(), source.map(|ip| ip.parse().unwrap()))
+        };
+        assert_eq!(ground(&after, "198.51.100.1:9", Some("192.168.1.4")), Ground::Gone);
+        assert_eq!(ground(&after, "198.51.100.1:9", Some("10.9.0.4")), Ground::Unsure);
+        assert_eq!(ground(&after, "192.168.1.9:9", None), Ground::Gone, "its network");
+        assert_eq!(ground(&after, "198.51.100.1:9", None), Ground::Unsure, "nobody said which of the two it was");
+        assert_eq!(ground(&offline, "198.51.100.1:9", None), Ground::Gone, "none is left");
+        assert_eq!(ground(&offline, "127.0.0.1:9", None), Ground::Unsure);
+    }
+
+    #[test]
+    fn the_likeliest_addresses_are_checked_first() {
+        use CandidateKind::{Host, Mapped, ServerReflexive};
+        let local = Local::new(&[host("192.168.1.4:7"), host("[2001:db8:1:2::4]:7")], &[]);
+        let inputs = [
+            ("[2001:db8:1:2::9]:7", Host),
+            ("192.168.1.9:7", Host),
+            ("[2001:db8:9::9]:7", Host),
+            ("198.51.100.9:7", Host),
+            ("198.51.100.8:7", Mapped),
+            ("198.51.100.8:8", ServerReflexive),
+            ("172.17.0.1:7", Host),
+        ];
+        let orders = inputs.map(|(addr, kind)| {
+            let addr = addr.parse().unwrap();
+            order(addr, kind, local.reach(addr))
+        });
+        assert!(orders.is_sorted_by(|one, other| one < other), "{orders:?}");
     }
 
     #[test]

@@ -7,12 +7,12 @@
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
 use super::{
-    candidate::{self, Candidate, CandidateKind, Local, Network, Reach},
+    candidate::{self, Candidate, CandidateKind, Ground, Local, Network, Reach},
     check::{Ledger, Plan},
     score::Score,
 };
@@ -27,6 +27,13 @@ const RTT_FRESH: Duration = Duration::from_secs(10);
 /// Age of its proof beyond which a learnt address makes room for another.
 const STALE: Duration = Duration::from_secs(60);
 
+/// First time for which a pair is not taken that answered checks and carried no data; it doubles up to [`DISTRUST_MAX`].
+/// 30 s: each try costs those who use the link a pause of [`TRIAL`](super::direct::TRIAL).
+pub const DISTRUST_MIN: Duration = Duration::from_secs(30);
+
+/// Longest time for which such a pair is not taken: two pauses of a second in an hour.
+pub const DISTRUST_MAX: Duration = Duration::from_secs(1800);
+
 /// An address of the other side, and what checking it brought.
 #[derive(Debug)]
 pub(super) struct Pair {
@@ -35,6 +42,16 @@ pub(super) struct Pair {
     /// When it is checked.
     pub(super) plan: Plan,
     proof: Option<Proof>,
+    /// How the other side sees us on this path.
+    seen_as: Option<SocketAddr>,
+    distrust: Option<Distrust>,
+}
+
+/// It answered checks and carried no data.
+#[derive(Debug, Clone, Copy)]
+struct Distrust {
+    until: Instant,
+    pause: Duration,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +62,34 @@ struct Proof {
 
 impl Pair {
     fn new(kind: CandidateKind) -> Self {
-        Self { kind, plan: Plan::default(), proof: None }
+        Self { kind, plan: Plan::default(), proof: None, seen_as: None, distrust: None }
+    }
+
+    /// Whether it was ever proved.
+    pub(super) fn is_proved(&self) -> bool {
+        self.proof.is_some()
+    }
+
+    /// The other side says how it sees us. Says whether that was another address before.
+    pub(super) fn is_seen_anew(&mut self, seen_as: Option<SocketAddr>) -> bool {
+        let before = std::mem::replace(&mut self.seen_as, seen_as);
+        before.is_some() && seen_as.is_some() && before != seen_as
+    }
+
+    /// It answered checks and carried no data: it is not to be taken for a while.
+    pub(super) fn distrust(&mut self, now: Instant) {
+        let pause = self.distrust.map_or(DISTRUST_MIN, |before| (before.pause * 2).min(DISTRUST_MAX));
+        self.distrust = Some(Distrust { until: now + pause, pause });
+    }
+
+    /// It carries data, or stands on other ground than when it did not.
+    pub(super) fn trust(&mut self) {
+        self.distrust = None;
+    }
+
+    /// Whether it may be taken.
+    pub(super) fn is_trusted(&self, now: Instant) -> bool {
+        self.distrust.is_none_or(|distrust| distrust.until <= now)
     }
 
     /// Whether it was proved lately.
@@ -60,6 +104,7 @@ impl Pair {
             _ => sample,
         };
         self.proof = Some(Proof { rtt, at: now });
+        self.plan.finish();
     }
 }
 
@@ -79,13 +124,26 @@ impl Pairs {
         self.networks = networks.to_vec();
     }
 
-    /// Our own candidates; says whether they are others than before. `current` is the path taken.
-    pub(super) fn set_local(&mut self, candidates: &[Candidate], current: Option<SocketAddr>, now: Instant) -> bool {
-        let local = Local::new(candidates, &self.networks);
-        let differs = local != self.local;
-        self.local = local;
+    /// Our own candidates; gives those before, if they are others. `current` is the path taken.
+    pub(super) fn set_local(
+        &mut self,
+        candidates: &[Candidate],
+        current: Option<SocketAddr>,
+        now: Instant,
+    ) -> Option<Local> {
+        let before = std::mem::replace(&mut self.local, Local::new(candidates, &self.networks));
         self.rebuild(current, now);
-        differs
+        (before != self.local).then_some(before)
+    }
+
+    /// What becomes of a path, since our own side was `before`.
+    pub(super) fn ground(&self, before: &Local, addr: SocketAddr, source: Option<IpAddr>) -> Ground {
+        self.local.ground(before, addr, source)
+    }
+
+    /// Whether our interfaces are others than `before`.
+    pub(super) fn has_other_interfaces(&self, before: &Local) -> bool {
+        !self.local.has_interfaces_of(before)
     }
 
     /// The other side's candidates; says whether they are others than before. New ones are checked.
@@ -117,6 +175,16 @@ impl Pairs {
         Some(self.pairs.entry(from).or_insert_with(|| Pair::new(CandidateKind::PeerReflexive)))
     }
 
+    /// Begins a burst of every pair that has none going on.
+    pub(super) fn ensure_all(&mut self, now: Instant) {
+        self.pairs.values_mut().for_each(|pair| pair.plan.ensure(now));
+    }
+
+    /// Forgets which pairs carried no data: they stand on other ground now.
+    pub(super) fn trust_all(&mut self) {
+        self.pairs.values_mut().for_each(Pair::trust);
+    }
+
     /// Begins a burst of every pair.
     pub(super) fn begin_all(&mut self, now: Instant) {
         self.pairs.values_mut().for_each(|pair| pair.plan.begin(now));
@@ -139,10 +207,13 @@ impl Pairs {
         self.due().map(|(due, ..)| due).min()
     }
 
-    /// The pair to check now, which counts as checked: the longest due, then the nearest.
-    pub(super) fn take_due(&mut self, now: Instant) -> Option<SocketAddr> {
+    /// The pair to check now, which counts as checked: the path taken, then the most urgent, the likeliest, the longest due.
+    pub(super) fn take_due(&mut self, current: Option<SocketAddr>, now: Instant) -> Option<SocketAddr> {
         let due = self.due().filter(|(due, ..)| *due <= now);
-        let first = due.min_by_key(|(due, addr, kind)| (*due, self.reach(addr), addr.is_ipv4(), *kind, **addr));
+        let place = |addr: &SocketAddr, kind| candidate::order(*addr, kind, self.reach(addr));
+        let first = due.min_by_key(|(due, addr, pair)| {
+            (Some(**addr) != current, pair.plan.urgency(), place(addr, pair.kind), *due, **addr)
+        });
         let to = first.map(|(_, addr, _)| *addr)?;
         self.ledger.spend(to, now);
         self.pairs.get_mut(&to)?.plan.sent(now);
@@ -170,10 +241,10 @@ impl Pairs {
         self.local.reach(*addr)
     }
 
-    fn due(&self) -> impl Iterator<Item = (Instant, &SocketAddr, CandidateKind)> {
+    fn due(&self) -> impl Iterator<Item = (Instant, &SocketAddr, &Pair)> {
         self.pairs.iter().filter_map(|(addr, pair)| {
             let wanted = pair.plan.due()?;
-            Some((self.ledger.allowed(addr, wanted), addr, pair.kind))
+            Some((self.ledger.allowed(addr, wanted), addr, pair))
         })
     }
 
