@@ -29,6 +29,7 @@ mod agreement;
 mod asks;
 mod congestion;
 mod dial;
+mod evidence;
 mod heads;
 mod interfaces;
 mod link;

@@ -25,13 +25,14 @@ const ALLOWANCE_ROUND_TRIPS: u32 = 4;
 #[derive(Debug)]
 pub(super) struct PathAwareFactory {
     path_changes: Arc<AtomicU64>,
+    delivered: Arc<AtomicU64>,
     cubic: Arc<CubicConfig>,
 }
 
 impl PathAwareFactory {
-    /// For the link whose changes of path are counted there.
-    pub(super) fn new(path_changes: Arc<AtomicU64>) -> Self {
-        Self { path_changes, cubic: Arc::default() }
+    /// For the link whose changes of path are counted there. What is acknowledged of the path of now is counted in `delivered`.
+    pub(super) fn new(path_changes: Arc<AtomicU64>, delivered: Arc<AtomicU64>) -> Self {
+        Self { path_changes, delivered, cubic: Arc::default() }
     }
 }
 
@@ -100,6 +101,7 @@ impl Controller for PathAware {
             self.allowance = self.allowance.saturating_sub(bytes);
             return;
         }
+        self.factory.delivered.fetch_add(1, Ordering::Relaxed);
         if now.saturating_duration_since(self.since) > rtt.get() * ALLOWANCE_ROUND_TRIPS {
             self.allowance = 0;
         }
@@ -154,7 +156,7 @@ mod tests {
     fn controller() -> (Arc<AtomicU64>, Box<dyn Controller>, Instant) {
         let changes: Arc<AtomicU64> = Arc::default();
         let now = Instant::now();
-        let factory = Arc::new(PathAwareFactory::new(Arc::clone(&changes)));
+        let factory = Arc::new(PathAwareFactory::new(Arc::clone(&changes), Arc::default()));
         (changes, factory.build(now, 1200), now)
     }
 

@@ -359,7 +359,10 @@ fn transport(remote: &Remote) -> Arc<TransportConfig> {
         .initial_rtt(INITIAL_RTT)
         .initial_mtu(mtu::INITIAL)
         .mtu_discovery_config(Some(mtu::discovery(remote)))
-        .congestion_controller_factory(Arc::new(PathAwareFactory::new(Arc::clone(&remote.path_changes))));
+        .congestion_controller_factory(Arc::new(PathAwareFactory::new(
+            Arc::clone(&remote.path_changes),
+            Arc::clone(&remote.delivered),
+        )));
     Arc::new(config)
 }
 

@@ -9,7 +9,10 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use peerfleet_proto::request::link::{Candidate, Route};
+use peerfleet_proto::{
+    path::Network,
+    request::link::{Candidate, Route},
+};
 use quinn::MtuDiscoveryConfig;
 use tokio::time::timeout;
 
@@ -56,17 +59,9 @@ fn leaving_towards(interfaces: &[Interface], to: IpAddr) -> Option<u32> {
     if to.is_loopback() || interfaces.iter().any(has) {
         return interfaces.iter().find(|interface| interface.purpose == Purpose::Loopback)?.mtu;
     }
-    let is_near = |interface: &&Interface| interface.addresses.iter().any(|own| shares_prefix(own.ip, to, own.prefix));
+    let is_near =
+        |interface: &&Interface| interface.addresses.iter().any(|own| Network::new(own.ip, own.prefix).contains(to));
     interfaces.iter().find(is_near)?.mtu
-}
-
-fn shares_prefix(one: IpAddr, other: IpAddr, prefix: u8) -> bool {
-    let differing = match (one, other) {
-        (IpAddr::V4(one), IpAddr::V4(other)) => (u32::from(one) ^ u32::from(other)).leading_zeros(),
-        (IpAddr::V6(one), IpAddr::V6(other)) => (u128::from(one) ^ u128::from(other)).leading_zeros(),
-        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => return false,
-    };
-    differing >= u32::from(prefix)
 }
 
 /// Waits for the direct path, if it may take larger packets than usual.

@@ -1,9 +1,10 @@
 //! Drives hole punching: one agent per link, one socket, and what this host knows of its own addresses.
 //!
-//! In: notes of the socket, the relay's addresses, links that were agreed. Out: STUN packets, [`PathEvent`]s.
+//! In: notes of the socket, the relay's addresses, links that were agreed, what QUIC shows of them. Out: STUN packets,
+//! [`PathEvent`]s.
 //! Never decides which path is good: [`peerfleet_proto::path`] does.
 //! Nothing happens before the first link: without one there is no socket.
-//! Bounds: those of the agents; interfaces are looked after while there are agents.
+//! Bounds: those of the agents and of their common budget; interfaces are looked after while there are agents.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -14,12 +15,16 @@ use std::{
 
 use peerfleet_proto::{
     limits::MAX_CANDIDATES,
-    path::{Agent, CheckKey, Config, Direct, Event, Hairpin, Handled, Reflexive, Role, Transmit, nat64::Prefix},
+    path::{
+        Agent, Agents, CheckKey, Config, Direct, Event, Hairpin, Handled, Reflexive, Role, Transmit, nat64::Prefix,
+    },
     request::link::{Candidate, CandidateKind, Nat},
 };
+use quinn::Connection;
 
 use super::{
-    interfaces::{Interface, host_candidates, interfaces, networks},
+    evidence::{Evidence, Finding},
+    interfaces::{Interface, host_candidates, interfaces, networks, source_towards},
     mtu,
     routes::{Remote, Routes},
     socket::FromSocket,
@@ -69,15 +74,18 @@ pub(super) struct Paths {
     vigil: Vigil,
     vigil_at: Instant,
     // Where the others are.
-    agents: BTreeMap<SocketAddr, Entry>,
+    agents: Agents<SocketAddr>,
+    links: BTreeMap<SocketAddr, Link>,
     events: VecDeque<PathEvent>,
 }
 
-struct Entry {
-    agent: Agent,
+/// What an agent's link is besides.
+struct Link {
     remote: Arc<Remote>,
     /// What the other side names.
     theirs: Vec<Candidate>,
+    /// Once it is up.
+    evidence: Option<Evidence>,
 }
 
 impl Paths {
@@ -101,7 +109,8 @@ impl Paths {
             look_at: now,
             vigil: Vigil::new(now, world_time()),
             vigil_at: now,
-            agents: BTreeMap::new(),
+            agents: Agents::new(now),
+            links: BTreeMap::new(),
             events: VecDeque::new(),
         }
     }
@@ -144,12 +153,21 @@ impl Paths {
         agent.set_networks(&networks(&self.interfaces));
         agent.set_local(self.candidates(), now);
         agent.set_remote(self.reachable(&theirs), now);
-        self.agents.insert(remote.mapped, Entry { agent, remote, theirs });
+        self.agents.insert(remote.mapped, agent, now);
+        self.links.insert(remote.mapped, Link { remote, theirs, evidence: None });
+    }
+
+    /// A link is up.
+    pub(super) fn up(&mut self, mapped: SocketAddr, connection: Connection, now: Instant) {
+        if let Some(link) = self.links.get_mut(&mapped) {
+            link.evidence = Some(Evidence::new(connection, Arc::clone(&link.remote), now));
+        }
     }
 
     /// A link ended.
     pub(super) fn remove(&mut self, remote: &Remote, now: Instant) {
         self.agents.remove(&remote.mapped);
+        self.links.remove(&remote.mapped);
         if self.agents.is_empty() {
             self.reflexive.set_active(false, now);
         }
@@ -158,9 +176,9 @@ impl Paths {
     /// The other side has other candidates.
     pub(super) fn set_theirs(&mut self, remote: &Remote, theirs: Vec<Candidate>, now: Instant) {
         let reachable = self.reachable(&theirs);
-        if let Some(entry) = self.agents.get_mut(&remote.mapped) {
-            entry.theirs = theirs;
-            entry.agent.set_remote(reachable, now);
+        if let Some(link) = self.links.get_mut(&remote.mapped) {
+            link.theirs = theirs;
+            self.agents.tell(&remote.mapped, now, |agent| agent.set_remote(reachable, now));
         }
     }
 
@@ -169,44 +187,67 @@ impl Paths {
         match note {
             FromSocket::Stun { from, packet } => self.handle_stun(from, &packet, routes, now),
             FromSocket::Sent { mapped } => {
-                if let Some(entry) = self.agents.get_mut(&mapped) {
-                    entry.agent.on_sent(now);
-                }
+                self.agents.tell(&mapped, now, |agent| agent.on_sent(now));
+                self.tell_findings(&mapped, now);
             }
             FromSocket::Received { mapped, from } => {
-                if let Some(entry) = self.agents.get_mut(&mapped) {
-                    entry.agent.on_received(from, now);
-                }
+                self.agents.tell(&mapped, now, |agent| agent.on_received(from, now));
             }
         }
     }
 
-    /// Gives a packet to whoever it belongs to. Whose it is shows in the packet, and only its owner's key proves it.
+    /// Gives a packet to whoever it belongs to.
     fn handle_stun(&mut self, from: SocketAddr, packet: &[u8], routes: &Routes, now: Instant) {
         let ours = [self.reflexive.handle_packet(from, packet, now), self.hairpin.handle_packet(packet, now)];
         if ours.iter().any(|handled| !matches!(handled, Handled::Ignored(_))) {
             return;
         }
-        for entry in self.agents.values_mut() {
-            match entry.agent.handle_packet(from, packet, now) {
-                Handled::Check | Handled::Answer => return routes.prove_source(&entry.remote, from),
-                Handled::Ignored(_) => {}
-            }
+        if let (Some(mapped), Handled::Check | Handled::Answer) = self.agents.handle_packet(from, packet, now)
+            && let Some(link) = self.links.get(&mapped)
+        {
+            routes.prove_source(&link.remote, from);
+        }
+    }
+
+    /// Tells an agent what QUIC shows of its path.
+    fn tell_findings(&mut self, mapped: &SocketAddr, now: Instant) {
+        let Some(link) = self.links.get_mut(mapped) else { return };
+        if link.remote.take_heard_relayed() {
+            self.agents.tell(mapped, now, |agent| agent.on_relayed(now));
+        }
+        match link.evidence.as_mut().and_then(|evidence| evidence.read(now)) {
+            Some(Finding::Delivered) => self.agents.tell(mapped, now, |agent| agent.on_delivered(now)),
+            Some(Finding::Sent) => self.agents.tell(mapped, now, |agent| agent.on_data_sent(now)),
+            None => None,
+        };
+    }
+
+    /// Tells every agent from where its packets leave.
+    fn tell_sources(&mut self, now: Instant) {
+        let mapped: Vec<_> = self.links.keys().copied().collect();
+        mapped.iter().for_each(|mapped| self.tell_source(mapped, now));
+    }
+
+    fn tell_source(&mut self, mapped: &SocketAddr, now: Instant) {
+        if let Some(path) = self.agents.get(mapped).and_then(Agent::path) {
+            let source = source_towards(path.addr);
+            self.agents.tell(mapped, now, |agent| agent.on_source(source, now));
         }
     }
 
     fn tell_candidates(&mut self, now: Instant) {
         let candidates = self.candidates();
-        self.tell_networks();
-        for entry in self.agents.values_mut() {
-            entry.agent.set_local(candidates.clone(), now);
-        }
+        let networks = networks(&self.interfaces);
+        self.agents.tell_all(now, |_, agent| {
+            agent.set_networks(&networks);
+            agent.set_local(candidates.clone(), now);
+        });
         self.events.push_back(PathEvent::Candidates(candidates));
     }
 
     /// The next packet to send.
     pub(super) fn poll_transmit(&mut self) -> Option<Transmit> {
-        let from_agents = || self.agents.values_mut().find_map(|entry| entry.agent.poll_transmit());
+        let from_agents = || self.agents.poll_transmit();
         self.reflexive.poll_transmit().or_else(|| self.hairpin.poll_transmit()).or_else(from_agents)
     }
 
@@ -215,13 +256,14 @@ impl Paths {
         if self.hear_responders(now) {
             self.tell_candidates(now);
         }
-        let queued = self.events.pop_front();
-        queued.or_else(|| {
-            self.agents.values_mut().find_map(|entry| {
-                let Event::PathChanged(direct) = entry.agent.poll_event()?;
-                Some(PathEvent::Changed { remote: Arc::clone(&entry.remote), direct })
-            })
-        })
+        if let Some(queued) = self.events.pop_front() {
+            return Some(queued);
+        }
+        let (mapped, Event::PathChanged(direct)) = self.agents.poll_event()?;
+        self.tell_source(&mapped, now);
+        let link = self.links.get_mut(&mapped)?;
+        link.evidence.iter_mut().for_each(|evidence| evidence.begin_anew(now));
+        Some(PathEvent::Changed { remote: Arc::clone(&link.remote), direct })
     }
 
     /// When to call [`Paths::handle_timeout`].
@@ -230,7 +272,7 @@ impl Paths {
         if self.socket.is_none() {
             return watch;
         }
-        let agents = self.agents.values().filter_map(|entry| entry.agent.poll_timeout()).min();
+        let agents = self.agents.poll_timeout();
         [agents, watch, self.reflexive.poll_timeout(), self.hairpin.poll_timeout()].into_iter().flatten().min()
     }
 
@@ -241,10 +283,10 @@ impl Paths {
         if self.reflexive.poll_timeout().is_some_and(|at| at <= now) {
             self.reflexive.handle_timeout(now);
         }
-        for entry in self.agents.values_mut() {
-            if entry.agent.poll_timeout().is_some_and(|at| at <= now) {
-                entry.agent.handle_timeout(now);
-            }
+        // An agent may be about to judge its path: first it hears what is known.
+        for mapped in self.agents.due(now) {
+            self.tell_findings(&mapped, now);
         }
+        self.agents.handle_timeout(now);
     }
 }

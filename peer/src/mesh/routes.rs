@@ -64,6 +64,9 @@ pub(super) struct Remote {
     pub(super) route: Route,
     /// Counts the changes of path, so that congestion control can start anew.
     pub(super) path_changes: Arc<AtomicU64>,
+    /// Counts acknowledgements of packets that were sent since the last change of path.
+    pub(super) delivered: Arc<AtomicU64>,
+    heard_relayed: AtomicBool,
     slot: AtomicU64,
     direct: watch::Sender<Option<SocketAddr>>,
     was_direct: AtomicBool,
@@ -131,6 +134,16 @@ impl Remote {
         self.relayed_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
+    /// Packets of it came by way of the relay.
+    pub(super) fn note_relayed(&self) {
+        self.heard_relayed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether packets of it came by way of the relay since this was asked before.
+    pub(super) fn take_heard_relayed(&self) -> bool {
+        self.heard_relayed.swap(false, Ordering::Relaxed)
+    }
+
     /// Bytes that travelled directly and by way of the relay.
     pub(super) fn bytes(&self) -> (u64, u64) {
         (self.direct_bytes.load(Ordering::Relaxed), self.relayed_bytes.load(Ordering::Relaxed))
@@ -184,6 +197,8 @@ impl Routes {
             instance,
             route,
             path_changes: Arc::default(),
+            delivered: Arc::default(),
+            heard_relayed: AtomicBool::new(false),
             slot: AtomicU64::new(NO_SLOT),
             direct: watch::Sender::new(None),
             was_direct: AtomicBool::new(false),

@@ -129,6 +129,7 @@ impl Switch {
             return self.count_stray();
         }
         remote.count_relayed(datagram.packets.len());
+        remote.note_relayed();
         self.from_relay.push(Relayed { remote, segment: datagram.segment.into(), packets: datagram.packets });
     }
 

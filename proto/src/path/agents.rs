@@ -186,6 +186,11 @@ impl<K: Ord + Clone> Agents<K> {
             .min()
     }
 
+    /// Whose time has come: they may be about to judge their paths, and shall first be told what is known.
+    pub fn due(&self, now: Instant) -> Vec<K> {
+        self.wakes.iter().take_while(|(at, _)| *at <= now).map(|(_, key)| key.clone()).collect()
+    }
+
     /// The time is now.
     pub fn handle_timeout(&mut self, now: Instant) {
         while let Some((_, key)) = self.wakes.first().filter(|(at, _)| *at <= now).cloned() {

@@ -88,6 +88,7 @@ impl Actor {
         match event {
             LinkEvent::Up { mapped, connection } => {
                 let Some((caller, leases)) = self.book.up(mapped, connection.clone(), now) else { return };
+                self.paths.up(mapped, connection.clone(), now);
                 tracing::debug!(instance = %caller.instance, "a link is up");
                 self.streams.spawn(heads::accept(connection, leases, caller, Arc::clone(&self.serve)));
                 self.members.changed(now);

@@ -20,7 +20,7 @@ use peerfleet_proto::{
 
 use super::{PathEvent, Paths};
 use crate::mesh::{
-    interfaces::{host_candidates, interfaces, is_ipv6_only, networks},
+    interfaces::{host_candidates, interfaces, is_ipv6_only},
     surroundings::Fact,
     wake::{Vigil, world_time},
 };
@@ -97,8 +97,9 @@ impl Paths {
             }
             Fact::Nat64(prefix) => {
                 self.nat64 = Some(prefix);
-                for entry in self.agents.values_mut() {
-                    entry.agent.set_remote(reachable(&entry.theirs, self.nat64), now);
+                for (mapped, link) in &self.links {
+                    let reachable = reachable(&link.theirs, self.nat64);
+                    self.agents.tell(mapped, now, |agent| agent.set_remote(reachable, now));
                 }
             }
             Fact::Mapped(mapped) => {
@@ -228,10 +229,9 @@ impl Paths {
         self.mapped = None;
         self.nat64 = None;
         self.explore();
-        for entry in self.agents.values_mut() {
-            entry.agent.restart(now);
-        }
         self.tell_candidates(now);
+        self.agents.tell_all(now, |_, agent| agent.restart(now));
+        self.tell_sources(now);
     }
 
     /// Hears what the responders see. Says whether the others should know.
@@ -267,13 +267,6 @@ impl Paths {
 
     fn is_own(&self, seen: SocketAddr) -> bool {
         is_own(&self.hosts, seen)
-    }
-
-    pub(super) fn tell_networks(&mut self) {
-        let networks = networks(&self.interfaces);
-        for entry in self.agents.values_mut() {
-            entry.agent.set_networks(&networks);
-        }
     }
 }
 
