@@ -18,7 +18,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use self::{
     actor::{Actor, Command, Contact},
     agreement::AGREE_DEADLINE,
-    heads::LinkHandle,
+    heads::{LinkHandle, Unopened},
     socket::Switch,
     views::Views,
 };
@@ -299,7 +299,14 @@ impl Mesh {
         if to == self.0.me.instance {
             return self.open_here(request).await;
         }
-        self.link(to, route).await?.open(request).await
+        match self.link(to, route).await?.open(request.clone()).await {
+            Ok(opened) => Ok(opened),
+            Err(Unopened::Fault(fault)) => Err(fault),
+            Err(Unopened::Unused) => self.link(to, route).await?.open(request).await.map_err(|why| match why {
+                Unopened::Fault(fault) => fault,
+                Unopened::Unused => OpenFault::Lost,
+            }),
+        }
     }
 
     /// How the link of that route travels.

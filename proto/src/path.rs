@@ -276,11 +276,11 @@ impl Agent {
     /// check does.
     pub fn on_delivered(&mut self, now: Instant) {
         if let State::Direct { current, .. } = &mut self.state {
-            current.on_delivered(now);
-            let addr = current.addr;
-            if let Some(pair) = self.pairs.get_mut(&addr) {
+            let idle = current.on_delivered(now);
+            if let Some(pair) = self.pairs.get_mut(&current.addr) {
                 pair.trust();
             }
+            self.binding.lived(idle, now);
         }
         self.drive(now);
     }

@@ -4,8 +4,10 @@
 //! send, [`Agreed`] links for the path machine, [`LinkHandle`]s for who wanted one.
 //! Each side has one random share per link, whether it offers, answers or both at once: so offers that cross lead to the
 //! same key, and a share that changed says that the other side began anew. The lower (identity, instance) dials.
-//! Wanted -> offered -> agreed -> up -> gone (lost, replaced, or without streams for [`UNUSED`]).
-//! Bounds: [`MAX_LINKS`], at most one of each route per instance; [`AGREE_DEADLINE`] from wanted to up.
+//! Wanted -> offered -> agreed -> up -> gone (lost, replaced, or without streams for [`idle::UNUSED`]). A link that was let go is made
+//! anew when it is wanted again; none is let go while the relay could not help with that.
+//! Bounds: [`MAX_LINKS`], at most one of each route per instance, of which the longest unused makes room for one more;
+//! [`AGREE_DEADLINE`] from wanted to up.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,7 +31,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     Caller, OpenFault,
     heads::LinkHandle,
-    link::{CODE_DONE, LinkEvent, Links, LinksConfig, kick},
+    link::{CODE_DONE, CODE_UNUSED, LinkEvent, Links, LinksConfig, kick},
     routes::Remote,
     socket::{FromSocket, Switch},
     stream::{Lease, LeaseMaker},
@@ -38,23 +40,13 @@ use super::{
 };
 use crate::random;
 
-/// Most links at once; beyond it new ones are refused. Each costs some 100 KiB when idle.
+mod idle;
+
+/// Most links at once; beyond it new ones are refused, if all have streams. Each costs some 100 KiB when idle.
 const MAX_LINKS: usize = 1024;
-
-/// Time without streams after which a link is closed. Making a new one costs two round trips.
-const UNUSED: Duration = Duration::from_secs(60);
-
-/// How much longer the side that did not dial waits, so that the two do not both close while the other opens a stream.
-const UNUSED_GRACE: Duration = Duration::from_secs(30);
 
 /// Time from wanting a link to its being up.
 pub(super) const AGREE_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Time after which a link that never came up is forgotten: it may still come while somebody waits.
-const FORGET_AFTER: Duration = Duration::from_secs(30);
-
-/// Time that a link's last packets are given to leave, and the other side's to arrive.
-const PARTING: Duration = Duration::from_secs(2);
 
 /// A link, by whose it is and how it may travel.
 pub(super) type Key = (InstanceId, Route);
@@ -93,6 +85,8 @@ pub(super) struct Book {
     by_mapped: HashMap<SocketAddr, Key>,
     /// Links that ended a moment ago, whose last packets still need a way out.
     parting: Vec<(Instant, Arc<Remote>)>,
+    /// Links that were let go and not told of yet.
+    let_go: Vec<Arc<Remote>>,
     views: Arc<Views>,
 }
 
@@ -110,8 +104,13 @@ struct Entry {
 }
 
 impl Entry {
+    /// Whether it was up and has ended, which is yet to be told.
+    fn is_over(&self) -> bool {
+        self.connection.as_ref().is_some_and(|connection| connection.close_reason().is_some())
+    }
+
     fn handle(&self) -> Option<LinkHandle> {
-        let connection = self.connection.clone()?;
+        let connection = self.connection.clone().filter(|connection| connection.close_reason().is_none())?;
         Some(LinkHandle { connection, lease: self.lease.clone(), direct: self.direct.subscribe() })
     }
 }
@@ -135,7 +134,8 @@ impl Book {
     ) -> Self {
         let tls = Arc::new(TlsKey::from_seed(&random::bytes()));
         let (entries, by_mapped, views) = (BTreeMap::new(), HashMap::new(), Arc::default());
-        Self { me, udp, tls, switch, notes, events, links: None, entries, by_mapped, parting: Vec::new(), views }
+        let (parting, let_go) = (Vec::new(), Vec::new());
+        Self { me, udp, tls, switch, notes, events, links: None, entries, by_mapped, parting, let_go, views }
     }
 
     /// What handles may see.
@@ -185,8 +185,11 @@ impl Book {
         reply: Reply,
         now: Instant,
     ) -> Option<([u8; 32], Vec<u8>)> {
+        if self.entries.get(&key).is_some_and(Entry::is_over) {
+            self.let_go(key, "it has ended");
+        }
         let is_new = !self.entries.contains_key(&key);
-        if is_new && self.entries.len() >= MAX_LINKS {
+        if is_new && !self.make_room() {
             answer(reply, Err(OpenFault::NoLink("this machine has too many links".into())));
             return None;
         }
@@ -217,7 +220,7 @@ impl Book {
         now: Instant,
     ) -> Result<(LinkAnswer, Option<Agreed>), NoAgreement> {
         let key = (caller.instance, offer.route);
-        if !self.entries.contains_key(&key) && self.entries.len() >= MAX_LINKS {
+        if !self.entries.contains_key(&key) && !self.make_room() {
             return Err(NoAgreement::Full);
         }
         let announced = AnnouncedKey::read(&offer.tls_key).ok_or(NoAgreement::BadKey)?;
@@ -349,30 +352,7 @@ impl Book {
 
     /// Whether there is any link, or the rest of one.
     pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.parting.is_empty()
-    }
-
-    /// Closes links without streams, and forgets those that never came up. Gives those that ended.
-    pub(super) fn sweep(&mut self, now: Instant) -> Vec<Arc<Remote>> {
-        for (_, remote) in self.parting.extract_if(.., |(since, _)| now.saturating_duration_since(*since) > PARTING) {
-            self.switch.routes.remove(&remote);
-        }
-        let mut over = Vec::new();
-        for (key, entry) in &mut self.entries {
-            if entry.lease.is_shared() {
-                entry.last_used = now;
-            }
-            let dials = (self.me.peer, self.me.instance) < (entry.peer, key.0);
-            let patience = if dials { UNUSED } else { UNUSED + UNUSED_GRACE };
-            let is_over = match entry.connection {
-                Some(_) => now.saturating_duration_since(entry.last_used) > patience,
-                None => now.saturating_duration_since(entry.since) > FORGET_AFTER,
-            };
-            if is_over {
-                over.push(*key);
-            }
-        }
-        over.into_iter().filter_map(|key| self.fail(key, "nobody used it")).collect()
+        self.entries.is_empty() && self.parting.is_empty() && self.let_go.is_empty()
     }
 
     /// Closes every link, lets them say goodbye and ends their thread.

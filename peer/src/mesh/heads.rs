@@ -12,11 +12,12 @@ use peerfleet_proto::{
     request::{Failure, FailureKind, Outcome, Request},
     wire::message::StreamHead,
 };
-use quinn::Connection;
+use quinn::{Connection, ConnectionError};
 use tokio::{sync::watch, task::JoinSet, time::timeout};
 
 use super::{
     AskFault, Caller, OpenFault, Serve, Stream,
+    link::CODE_UNUSED,
     stream::{Lease, LeaseMaker},
 };
 
@@ -26,6 +27,15 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(10);
 /// Time for the outcome of a stream's head: services answer at once or not at all, so this is the path's share, which
 /// may change meanwhile.
 const OUTCOME_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Why a stream was not opened.
+#[derive(Debug)]
+pub(super) enum Unopened {
+    /// The other side let the link go for want of use, and has not looked at the stream: another link will do.
+    Unused,
+    /// There is no more to be done.
+    Fault(OpenFault),
+}
 
 /// A link that is up.
 #[derive(Debug, Clone)]
@@ -40,16 +50,23 @@ pub(super) struct LinkHandle {
 
 impl LinkHandle {
     /// Opens a stream and reads the outcome of its head.
-    pub(super) async fn open(&self, request: Request) -> Result<(Outcome, Stream), OpenFault> {
+    pub(super) async fn open(&self, request: Request) -> Result<(Outcome, Stream), Unopened> {
         let opening = self.send_head(StreamHead::Open(request));
         match timeout(OUTCOME_DEADLINE, opening).await {
             Ok(Ok(opened)) => Ok(opened),
+            Ok(Err(_)) if self.was_unused() => Err(Unopened::Unused),
             Ok(Err(error)) => {
                 tracing::debug!(%error, "a stream was lost before its outcome");
-                Err(OpenFault::Lost)
+                Err(Unopened::Fault(OpenFault::Lost))
             }
-            Err(_) => Err(OpenFault::NoLink("the other side gave no answer in time".into())),
+            Err(_) => Err(Unopened::Fault(OpenFault::NoLink("the other side gave no answer in time".into()))),
         }
+    }
+
+    /// Whether the link ended because nobody used it, as far as either side knew.
+    fn was_unused(&self) -> bool {
+        let Some(ConnectionError::ApplicationClosed(close)) = self.connection.close_reason() else { return false };
+        close.error_code == CODE_UNUSED
     }
 
     /// Asks what would travel as a message, were the relay there.

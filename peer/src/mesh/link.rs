@@ -40,12 +40,13 @@ use super::{
 /// Incoming streams that may be open at once on one link; the other side waits to open more.
 pub(super) const MAX_STREAMS: u32 = 256;
 
-/// Silence after which a link is lost. Longer than a relay's restart and the longest pause before joining again, so that
-/// a relayed stream survives both.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(45);
+/// Silence after which a link is lost. Longer than a relay's restart and the longest pause before joining again with a
+/// keep-alive before it, so that a relayed stream survives both.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 
-/// Interval of keep-alives: nine fit into the idle timeout, and NATs forget a flow after 30 s.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// Interval of keep-alives. 15 s: half of the 30 s after which NATs forget a flow; and since they are acknowledged, they spare
+/// the path machine its longer checks, which come sooner only where a NAT is seen to forget sooner.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Bytes that one stream may have in flight. Less than 2 × 1,024 × 1,452: beyond that, losses can leave more gaps than
 /// QUIC keeps track of on one ordered stream, and it gives up the connection.
@@ -71,6 +72,9 @@ const GOODBYE: Duration = Duration::from_millis(500);
 
 /// QUIC's application code of an end in good order.
 pub(super) const CODE_DONE: VarInt = VarInt::from_u32(0);
+
+/// QUIC's application code of a link that nobody used for a while: whatever was opened on it since was not looked at.
+pub(super) const CODE_UNUSED: VarInt = VarInt::from_u32(2);
 
 /// QUIC's application code where the key shown is not the key announced.
 const CODE_WRONG_KEY: VarInt = VarInt::from_u32(1);
@@ -347,7 +351,7 @@ fn server_config(tls: &TlsKey, key: &AnnouncedKey) -> ServerConfig {
 fn transport(remote: &Remote) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     config
-        .max_idle_timeout(Some(IdleTimeout::try_from(IDLE_TIMEOUT).expect("45 s fit a QUIC varint")))
+        .max_idle_timeout(Some(IdleTimeout::try_from(IDLE_TIMEOUT).expect("50 s fit a QUIC varint")))
         .keep_alive_interval(Some(KEEP_ALIVE))
         .max_concurrent_bidi_streams(MAX_STREAMS.into())
         .max_concurrent_uni_streams(VarInt::from_u32(0))

@@ -77,6 +77,8 @@ pub(super) struct Current {
     heard_at: Instant,
     // What makes it suspect.
     sent_at: Instant,
+    /// The longest time since the last proof in which nothing was sent.
+    idle: Duration,
     /// The first packet sent since anything came.
     silent_since: Option<Instant>,
     flow: Flow,
@@ -122,8 +124,6 @@ struct Unanswered {
     times: [Instant; 3],
     last: Instant,
     count: usize,
-    /// How long nothing had been sent to there before the first.
-    idle: Duration,
 }
 
 impl Unanswered {
@@ -146,6 +146,7 @@ impl Current {
             proved_at: now,
             heard_at: now,
             sent_at: now,
+            idle: Duration::ZERO,
             silent_since: None,
             flow: Flow::default(),
             data: Data::default(),
@@ -157,7 +158,7 @@ impl Current {
 
     /// Other packets were sent.
     pub(super) fn on_sent(&mut self, now: Instant) {
-        self.sent_at = now;
+        self.sent(now);
         self.silent_since.get_or_insert(now);
     }
 
@@ -172,16 +173,21 @@ impl Current {
         self.data.unacknowledged_since.get_or_insert(now);
     }
 
-    /// Data that was sent on it was acknowledged.
-    pub(super) fn on_delivered(&mut self, now: Instant) {
+    /// Data that was sent on it was acknowledged. Gives the idle time that the path has outlived.
+    pub(super) fn on_delivered(&mut self, now: Instant) -> Duration {
         self.data = Data { unacknowledged_since: None, is_delivered: true };
-        self.proved(now);
+        self.proved(now)
+    }
+
+    fn sent(&mut self, now: Instant) {
+        self.idle = self.idle.max(now.saturating_duration_since(self.sent_at));
+        self.sent_at = now;
     }
 
     /// The other side checked it, and is answered.
     pub(super) fn on_heard(&mut self, now: Instant) {
         self.heard_at = now;
-        self.sent_at = now;
+        self.sent(now);
     }
 
     /// The ground has changed: whether it is still there shall be known soon.
@@ -214,30 +220,29 @@ impl Current {
 
     /// A check was sent.
     pub(super) fn checked(&mut self, now: Instant) {
-        let idle = now.saturating_duration_since(self.sent_at);
-        let unanswered = self.unanswered.get_or_insert(Unanswered { times: [now; 3], last: now, count: 0, idle });
+        let unanswered = self.unanswered.get_or_insert(Unanswered { times: [now; 3], last: now, count: 0 });
         if let Some(time) = unanswered.times.get_mut(unanswered.count) {
             *time = now;
         }
         unanswered.last = now;
         unanswered.count += 1;
-        self.sent_at = now;
+        self.sent(now);
         self.flow = Flow::default();
     }
 
-    /// A check was answered. Gives how long nothing had been sent before the first that was not.
-    pub(super) fn answered(&mut self, now: Instant) -> Option<Duration> {
+    /// A check was answered. Gives the idle time that the path has outlived.
+    pub(super) fn answered(&mut self, now: Instant) -> Duration {
         self.answered_at = now;
-        self.silent_since = None;
-        self.proved(now).map(|unanswered| unanswered.idle)
+        self.proved(now)
     }
 
-    fn proved(&mut self, now: Instant) -> Option<Unanswered> {
+    fn proved(&mut self, now: Instant) -> Duration {
         self.proved_at = now;
         self.silent_since = None;
         self.hurried = false;
         self.rival = None;
-        self.unanswered.take()
+        self.unanswered = None;
+        std::mem::take(&mut self.idle)
     }
 
     /// Whether data was acknowledged on it.
@@ -245,9 +250,9 @@ impl Current {
         self.data.is_delivered
     }
 
-    /// How long nothing had been sent before the checks that are unanswered now.
-    pub(super) fn idle_before_loss(&self) -> Option<Duration> {
-        self.unanswered.as_ref().map(|unanswered| unanswered.idle)
+    /// The longest time since the last proof in which nothing was sent.
+    pub(super) fn idle(&self) -> Duration {
+        self.idle
     }
 
     /// Whether one check is unanswered, and no more than one.

@@ -48,7 +48,7 @@ impl Agent {
     /// A check of the path taken was answered.
     pub(super) fn path_answered(&mut self, is_seen_anew: bool, now: Instant) {
         let State::Direct { current, .. } = &mut self.state else { return };
-        let Some(idle) = current.answered(now) else { return };
+        let idle = current.answered(now);
         if is_seen_anew {
             self.binding.died(idle, now);
         } else {
@@ -93,15 +93,15 @@ impl Agent {
     /// Looks after the path taken.
     pub(super) fn watch(&mut self, now: Instant) {
         let (Some(path), Some(current)) = (self.path(), self.watched()) else { return };
-        let idle = current.idle_before_loss();
+        let idle = current.idle();
         match current.verdict(path.rtt, now) {
             Verdict::Keep => self.look_after(path.addr, now),
             Verdict::Succeeded(rival) if self.pairs.contains(&rival) => {
-                idle.into_iter().for_each(|idle| self.binding.died(idle, now));
+                self.binding.died(idle, now);
                 self.take(rival, now);
             }
             Verdict::Lost | Verdict::Succeeded(_) => {
-                idle.into_iter().for_each(|idle| self.binding.died(idle, now));
+                self.binding.died(idle, now);
                 self.lose(now);
             }
             Verdict::CarriesNothing => {

@@ -6,7 +6,10 @@ use tokio::{
     time::{Duration, timeout},
 };
 
-use super::*;
+use super::{
+    idle::{FORGET_AFTER, UNUSED},
+    *,
+};
 
 /// Longest that anything here may take.
 const SOON: Duration = Duration::from_secs(10);
@@ -56,6 +59,21 @@ impl Side {
             LinkEvent::Up { mapped, connection } => self.book.up(mapped, connection, Instant::now()).unwrap(),
             LinkEvent::Down { why, .. } => panic!("{why}"),
         };
+    }
+
+    /// The end of the link before may be told first.
+    async fn is_up_again(&mut self) {
+        loop {
+            match timeout(SOON, self.events.recv()).await.unwrap().unwrap() {
+                LinkEvent::Up { mapped, connection } => {
+                    self.book.up(mapped, connection, Instant::now()).unwrap();
+                    return;
+                }
+                LinkEvent::Down { mapped, connection, why } => {
+                    assert!(self.book.down(mapped, connection, &why).is_none())
+                }
+            }
+        }
     }
 
     async fn is_down(&mut self) {
@@ -109,6 +127,36 @@ async fn a_link_with_an_open_stream_is_not_closed() {
     drop(link);
     assert!(one.book.sweep(later + UNUSED).is_empty());
     assert_eq!(one.book.sweep(later + UNUSED * 2).len(), 1);
+}
+
+#[tokio::test]
+async fn a_link_that_was_let_go_is_made_anew_for_who_still_holds_it() {
+    let (mut one, mut other, link) = linked().await;
+    drop(link);
+    let held = other.book.get((one.me.instance, Route::Auto), Instant::now()).unwrap();
+    let later = Instant::now() + UNUSED + Duration::from_secs(1);
+    assert_eq!(one.book.sweep(later).len(), 1);
+    // The other side opens a stream before its actor hears of the end.
+    let opened = held.open(peerfleet_proto::request::Request::Jobs).await;
+    assert!(matches!(opened, Err(crate::mesh::heads::Unopened::Unused)), "{opened:?}");
+    let (offer, link) = other.wants(&one);
+    assert_eq!(other.book.sweep(Instant::now()).len(), 1, "the link before has ended");
+    let answer = one.is_offered(&other, &offer);
+    other.book.answered((one.me.instance, Route::Auto), &answer).unwrap();
+    one.is_up_again().await;
+    other.is_up_again().await;
+    link.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn no_link_is_let_go_while_the_relay_could_not_help_to_make_another() {
+    let (mut one, other, link) = linked().await;
+    drop(link);
+    one.book.clear_slots();
+    let later = Instant::now() + UNUSED * 2;
+    assert!(one.book.sweep(later).is_empty());
+    one.book.set_slot(other.me.instance, Some(other.slot()));
+    assert_eq!(one.book.sweep(later).len(), 1);
 }
 
 #[tokio::test]
