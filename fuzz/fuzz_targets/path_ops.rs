@@ -24,6 +24,10 @@ enum Step {
     /// Deliver a captured datagram, changed or not, from any address.
     Deliver { to: bool, which: u8, flip: Option<u16>, from: (u8, u16) },
     Sent { end: bool },
+    DataSent { end: bool },
+    Delivered { end: bool },
+    Relayed { end: bool },
+    Source { end: bool, host: Option<u8> },
     Received { end: bool, from: (u8, u16) },
     Restart { end: bool },
     Wait { milliseconds: u16 },
@@ -49,6 +53,12 @@ fuzz_target!(|steps: Vec<Step>| {
                 ends[usize::from(to)].handle_packet(addr(from), &bytes, now);
             }
             Step::Sent { end } => ends[usize::from(end)].on_sent(now),
+            Step::DataSent { end } => ends[usize::from(end)].on_data_sent(now),
+            Step::Delivered { end } => ends[usize::from(end)].on_delivered(now),
+            Step::Relayed { end } => ends[usize::from(end)].on_relayed(now),
+            Step::Source { end, host } => {
+                ends[usize::from(end)].on_source(host.map(|host| addr((host, 1)).ip()), now);
+            }
             Step::Received { end, from } => ends[usize::from(end)].on_received(addr(from), now),
             Step::Restart { end } => ends[usize::from(end)].restart(now),
             Step::Wait { milliseconds } => {

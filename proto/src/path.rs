@@ -278,7 +278,7 @@ impl Agent {
         if let State::Direct { current, .. } = &mut self.state {
             let idle = current.on_delivered(now);
             if let Some(pair) = self.pairs.get_mut(&current.addr) {
-                pair.trust();
+                pair.carried_data(now.saturating_duration_since(current.taken_at()));
             }
             self.binding.lived(idle, now);
         }

@@ -24,12 +24,16 @@ use proptest::prelude::*;
 
 #[path = "sim/clock.rs"]
 mod clock;
+#[path = "path/life.rs"]
+mod life;
 #[path = "sim/net.rs"]
 mod net;
 #[path = "sim/oracle.rs"]
 mod oracle;
 #[path = "sim/pair.rs"]
 mod pair;
+#[path = "path/street.rs"]
+mod street;
 
 use clock::{Dice, beginning};
 use net::{CALM, FILTERS, Filter, Gate, MAPPINGS, Mapping, Weather};
@@ -432,6 +436,10 @@ enum Operation {
     SetLocal(Vec<(u8, u8)>),
     Restart,
     Sent,
+    DataSent,
+    Delivered,
+    Relayed,
+    Source(Option<u8>),
     Received(u8),
     Deliver { from: u8, flip: Option<(u8, u8)> },
     Noise(Vec<u8>),
@@ -445,6 +453,10 @@ fn operations() -> impl Strategy<Value = Vec<Operation>> {
         1 => candidates().prop_map(Operation::SetLocal),
         1 => Just(Operation::Restart),
         2 => Just(Operation::Sent),
+        1 => Just(Operation::DataSent),
+        1 => Just(Operation::Delivered),
+        1 => Just(Operation::Relayed),
+        1 => proptest::option::of(0..3_u8).prop_map(Operation::Source),
         1 => any::<u8>().prop_map(Operation::Received),
         6 => (any::<u8>(), proptest::option::weighted(0.2, any::<(u8, u8)>()))
             .prop_map(|(from, flip)| Operation::Deliver { from, flip }),
@@ -467,6 +479,10 @@ proptest! {
                 Operation::SetLocal(list) => two.agents[0].set_local(some(list), now),
                 Operation::Restart => two.agents[0].restart(now),
                 Operation::Sent => two.agents[0].on_sent(now),
+                Operation::DataSent => two.agents[0].on_data_sent(now),
+                Operation::Delivered => two.agents[0].on_delivered(now),
+                Operation::Relayed => two.agents[0].on_relayed(now),
+                Operation::Source(ip) => two.agents[0].on_source(ip.map(|ip| host_of(ip, 4).addr.ip()), now),
                 Operation::Received(from) => two.agents[0].on_received(host_of(from, 7).addr, now),
                 Operation::Deliver { from, flip } => {
                     if let Some(Transmit { to, mut bytes }) = flying.pop() {

@@ -70,6 +70,7 @@ pub(super) struct Current {
     pub(super) addr: SocketAddr,
     /// Our own address that packets leave from, if anybody said so.
     source: Option<IpAddr>,
+    taken_at: Instant,
     // What proves it.
     answered_at: Instant,
     proved_at: Instant,
@@ -142,6 +143,7 @@ impl Current {
         Self {
             addr,
             source: None,
+            taken_at: now,
             answered_at: now,
             proved_at: now,
             heard_at: now,
@@ -243,6 +245,11 @@ impl Current {
         self.rival = None;
         self.unanswered = None;
         std::mem::take(&mut self.idle)
+    }
+
+    /// Since when it is taken.
+    pub(super) fn taken_at(&self) -> Instant {
+        self.taken_at
     }
 
     /// Whether data was acknowledged on it.

@@ -82,8 +82,13 @@ impl Pair {
         self.distrust = Some(Distrust { until: now + pause, pause });
     }
 
-    /// It carries data, or stands on other ground than when it did not.
-    pub(super) fn trust(&mut self) {
+    /// It carried data for so long: as long as it was not taken before is enough.
+    pub(super) fn carried_data(&mut self, time: Duration) {
+        self.distrust = self.distrust.filter(|distrust| time < distrust.pause);
+    }
+
+    /// It stands on other ground than when it carried none.
+    fn trust(&mut self) {
         self.distrust = None;
     }
 
