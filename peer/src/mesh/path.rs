@@ -37,6 +37,9 @@ mod here;
 
 use here::{Sampled, Watching};
 
+/// Least time between two questions to the relay because paths were lost: many are lost at once where a network goes.
+const REFRESH_PAUSE: Duration = Duration::from_secs(1);
+
 /// What the drivers of links should know.
 #[derive(Debug)]
 pub(super) enum PathEvent {
@@ -76,6 +79,7 @@ pub(super) struct Paths {
     // Where the others are.
     agents: Agents<SocketAddr>,
     links: BTreeMap<SocketAddr, Link>,
+    refreshed_at: Option<Instant>,
     events: VecDeque<PathEvent>,
 }
 
@@ -111,6 +115,7 @@ impl Paths {
             vigil_at: now,
             agents: Agents::new(now),
             links: BTreeMap::new(),
+            refreshed_at: None,
             events: VecDeque::new(),
         }
     }
@@ -261,6 +266,11 @@ impl Paths {
         }
         let (mapped, Event::PathChanged(direct)) = self.agents.poll_event()?;
         self.tell_source(&mapped, now);
+        if direct.is_none() && self.refreshed_at.is_none_or(|at| at + REFRESH_PAUSE <= now) {
+            // Perhaps the NAT forgot us: then the other side does not know where we are.
+            self.refreshed_at = Some(now);
+            self.reflexive.refresh(now);
+        }
         let link = self.links.get_mut(&mapped)?;
         link.evidence.iter_mut().for_each(|evidence| evidence.begin_anew(now));
         Some(PathEvent::Changed { remote: Arc::clone(&link.remote), direct })

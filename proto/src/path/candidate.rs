@@ -137,7 +137,10 @@ impl Local {
         let carries = |local: &Self| match before.reach(remote) {
             Reach::Loopback => true,
             Reach::Lan => local.reach(remote) == Reach::Lan,
-            Reach::Wide => local.hosts().any(|addr| addr.is_ipv4() == remote.is_ipv4() && !addr.ip().is_loopback()),
+            Reach::Wide => before
+                .hosts()
+                .filter(|addr| addr.is_ipv4() == remote.is_ipv4() && !addr.ip().is_loopback())
+                .any(|addr| local.hosts().any(|host| host.ip() == addr.ip())),
         };
         if carries(before) && !carries(self) { Ground::Gone } else { Ground::Unsure }
     }
@@ -280,6 +283,7 @@ mod tests {
         let before = Local::new(&[host("192.168.1.4:7"), host("10.9.0.4:7"), host("127.0.0.1:7")], &[]);
         let after = Local::new(&[host("10.9.0.4:7"), host("127.0.0.1:7")], &[]);
         let offline = Local::new(&[host("127.0.0.1:7")], &[]);
+        let elsewhere = Local::new(&[host("10.7.0.4:7"), host("127.0.0.1:7")], &[]);
         let ground = |after: &Local, remote: &str, source: Option<&str>| {
             after.ground(&before, remote.parse().unwrap(), source.map(|ip| ip.parse().unwrap()))
         };
@@ -288,6 +292,7 @@ mod tests {
         assert_eq!(ground(&after, "192.168.1.9:9", None), Ground::Gone, "its network");
         assert_eq!(ground(&after, "198.51.100.1:9", None), Ground::Unsure, "nobody said which of the two it was");
         assert_eq!(ground(&offline, "198.51.100.1:9", None), Ground::Gone, "none is left");
+        assert_eq!(ground(&elsewhere, "198.51.100.1:9", None), Ground::Gone, "none that it could have been is left");
         assert_eq!(ground(&offline, "127.0.0.1:9", None), Ground::Unsure);
     }
 

@@ -109,6 +109,7 @@ mod in_a_namespace {
     use std::process::Command;
 
     use super::*;
+    use crate::mesh::interfaces::networks;
 
     /// Set in the inner run.
     const INNER: &str = "PEERFLEET_TEST_NAMESPACE";
