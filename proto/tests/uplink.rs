@@ -53,41 +53,6 @@ fn pauses_grow_to_their_bound_and_stay_jittered() {
 }
 
 #[test]
-fn a_connection_whose_address_is_gone_is_made_anew_at_once() {
-    let mut line = Line::new();
-    line.join(&[]);
-    line.uplink.handle_network_changed(true, line.now, &mut line.rng);
-    assert_eq!(line.events(), [Event::Disconnect, Event::Lost(LostReason::Broken)]);
-    assert_eq!(line.uplink.poll_timeout(), line.now);
-    line.sleep();
-    assert_eq!(line.events(), [Event::Connect]);
-}
-
-#[test]
-fn a_pause_that_began_in_another_network_ends_there() {
-    let mut line = Line::new();
-    for _ in 0..10 {
-        line.events();
-        line.uplink.handle_disconnected(line.now, &mut line.rng);
-        line.sleep();
-    }
-    line.uplink.handle_disconnected(line.now, &mut line.rng);
-    assert!(line.uplink.poll_timeout() > line.now + REJOIN_MIN);
-    line.uplink.handle_network_changed(false, line.now, &mut line.rng);
-    assert_eq!(line.uplink.poll_timeout(), line.now);
-}
-
-#[test]
-fn an_interface_that_comes_or_goes_beside_the_connection_only_asks_for_a_sign_of_life() {
-    let mut line = Line::new();
-    line.join(&[]);
-    while line.uplink.poll_transmit().is_some() {}
-    line.uplink.handle_network_changed(false, line.now, &mut line.rng);
-    assert_eq!(line.uplink.poll_transmit(), Some(Transmit::Ping));
-    assert!(line.events().is_empty() && line.uplink.is_joined());
-}
-
-#[test]
 fn the_first_pause_after_a_stable_time_in_the_room_is_short() {
     let mut line = Line::new();
     for _ in 0..10 {

@@ -35,7 +35,7 @@ use super::{
     path::Paths,
     roster::Members,
     socket::{FromSocket, Switch},
-    surroundings::{Fact, Surroundings},
+    surroundings::{Surroundings, Told},
     uplink::{Line, LineEvent},
     views::Views,
     wire::ToRelay,
@@ -131,7 +131,7 @@ pub(super) struct Actor {
     // What comes in.
     commands: mpsc::Receiver<Command>,
     notes: mpsc::Receiver<FromSocket>,
-    facts: mpsc::Receiver<Fact>,
+    facts: mpsc::Receiver<Told>,
     link_events: mpsc::Receiver<LinkEvent>,
     sweep_at: Option<Instant>,
 }
@@ -154,7 +154,7 @@ enum Input {
     Line(LineEvent),
     Link(LinkEvent),
     Note(FromSocket),
-    Fact(Fact),
+    Told(Told),
     Served(Result<(Id, Outcome), JoinError>),
     Accepted,
     Room,
@@ -261,7 +261,7 @@ impl Actor {
             // 2. Links and paths: streams wait for them.
             Some(event) = self.link_events.recv() => Input::Link(event),
             Some(note) = self.notes.recv() => Input::Note(note),
-            Some(fact) = self.facts.recv() => Input::Fact(fact),
+            Some(told) = self.facts.recv() => Input::Told(told),
             // 3. The room.
             event = self.line.next() => Input::Line(event),
             () = has_room, if is_waiting => Input::Room,
@@ -298,7 +298,7 @@ impl Actor {
             Input::Line(event) => self.line_event(event, now),
             Input::Link(event) => self.link_event(event, now),
             Input::Note(note) => self.paths.handle_note(note, &self.switch.routes, now),
-            Input::Fact(fact) => self.paths.handle_fact(fact, now),
+            Input::Told(told) => self.paths.handle_told(told, now),
             Input::Served(served) => self.served(served, now),
             Input::Accepted | Input::Room => {}
             Input::Time => self.timeout(now),

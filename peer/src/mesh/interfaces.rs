@@ -294,6 +294,28 @@ mod tests {
     }
 
     #[test]
+    fn the_source_comes_before_temporary_before_usual_addresses_and_unready_ones_not_at_all() {
+        let flags = netdev::interface::ipv6_addr_flags::Ipv6AddrFlags::default;
+        let temporary = || netdev::interface::ipv6_addr_flags::Ipv6AddrFlags { temporary: true, ..flags() };
+        let addresses = [
+            ("fe80::1/64", flags()),
+            ("2001:db8::1/64", flags()),
+            ("2001:db8::2/64", temporary()),
+            ("2001:db8::3/64", temporary()),
+            ("2001:db8::4/64", netdev::interface::ipv6_addr_flags::Ipv6AddrFlags { tentative: true, ..flags() }),
+            ("2001:db8::5/64", netdev::interface::ipv6_addr_flags::Ipv6AddrFlags { deprecated: true, ..temporary() }),
+        ];
+        let mut found = netdev::Interface::dummy();
+        found.name = "eth0".into();
+        found.ipv6 = addresses.iter().map(|(text, _)| text.parse().unwrap()).collect();
+        found.ipv6_addr_flags = addresses.map(|(_, flags)| flags).into();
+        let read = Interface::read(&found, &["2001:db8::3".parse().unwrap()]);
+        let order: Vec<_> = read.addresses.iter().map(|address| address.ip.to_string()).collect();
+        assert_eq!(order, ["2001:db8::3", "2001:db8::2", "2001:db8::1"]);
+        assert_eq!(read.purpose, Purpose::Default);
+    }
+
+    #[test]
     fn a_deprecated_address_is_offered_only_where_there_is_no_other() {
         let old = Address { ip: "2001:db8::1".parse().unwrap(), prefix: 64, standing: Standing::Deprecated };
         let new = Address { ip: "2001:db8:1::1".parse().unwrap(), prefix: 64, standing: Standing::Usual };

@@ -10,7 +10,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use peerfleet_proto::{
@@ -80,6 +80,8 @@ pub(super) struct Paths {
     agents: Agents<SocketAddr>,
     links: BTreeMap<SocketAddr, Link>,
     refreshed_at: Option<Instant>,
+    /// Whether the others do not know yet where we are.
+    untold: bool,
     events: VecDeque<PathEvent>,
 }
 
@@ -116,6 +118,7 @@ impl Paths {
             agents: Agents::new(now),
             links: BTreeMap::new(),
             refreshed_at: None,
+            untold: false,
             events: VecDeque::new(),
         }
     }
@@ -258,7 +261,8 @@ impl Paths {
 
     /// The next thing that happened.
     pub(super) fn poll_event(&mut self, now: Instant) -> Option<PathEvent> {
-        if self.hear_responders(now) {
+        self.hear_responders(now);
+        if std::mem::take(&mut self.untold) {
             self.tell_candidates(now);
         }
         if let Some(queued) = self.events.pop_front() {

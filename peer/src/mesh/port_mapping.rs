@@ -16,12 +16,15 @@ use std::{
 
 use peerfleet_proto::path::candidate::is_global;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::oneshot,
     task::JoinHandle,
     time::{sleep, timeout},
 };
 
-use super::{interfaces, surroundings::Fact};
+use super::{
+    interfaces,
+    surroundings::{Fact, Teller},
+};
 
 mod gateway;
 mod mapping;
@@ -80,7 +83,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     /// Begins to ask for this port of ours.
-    pub(super) fn start(port: NonZeroU16, tell: mpsc::Sender<Fact>) -> Self {
+    pub(super) fn start(port: NonZeroU16, tell: Teller) -> Self {
         let (stop, stopped) = oneshot::channel();
         Self { stop, task: tokio::spawn(keep(Place::find, port, tell, stopped)) }
     }
@@ -97,7 +100,7 @@ impl Keeper {
 async fn keep<F: Future<Output = Option<Place>>>(
     find: impl Fn() -> F,
     port: NonZeroU16,
-    tell: mpsc::Sender<Fact>,
+    tell: Teller,
     mut stopped: oneshot::Receiver<()>,
 ) {
     let mut pause = RETRY_MIN;
@@ -149,12 +152,12 @@ async fn ask(place: &Place, port: NonZeroU16) -> Option<Mapping> {
 async fn hold(
     mut mapping: Mapping,
     shortest_life: Duration,
-    tell: &mpsc::Sender<Fact>,
+    tell: &Teller,
     stopped: &mut oneshot::Receiver<()>,
 ) -> Option<()> {
     tracing::info!(external = %mapping.external(), by = mapping.protocol(), "the router forwards a port to us");
     loop {
-        tell.send(Fact::Mapped(Some(mapping.external()))).await.ok()?;
+        tell.tell(Fact::Mapped(Some(mapping.external()))).await?;
         let life = mapping.life().max(shortest_life);
         let mut is_renewed = false;
         for wait in [life / 2, life / 4, life / 8] {
@@ -176,7 +179,7 @@ async fn hold(
         }
         if !is_renewed {
             tracing::info!("the router forwards no port to us any more");
-            tell.send(Fact::Mapped(None)).await.ok()?;
+            tell.tell(Fact::Mapped(None)).await?;
             return Some(());
         }
     }

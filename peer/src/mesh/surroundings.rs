@@ -39,10 +39,38 @@ pub(super) enum Fact {
     Responders(Vec<SocketAddr>),
 }
 
+/// A fact, and since which change of place it has been true.
+#[derive(Debug)]
+pub(super) struct Told {
+    /// What was learnt.
+    pub(super) fact: Fact,
+    round: u64,
+}
+
+/// Where a task's facts go.
+#[derive(Debug, Clone)]
+pub(super) struct Teller {
+    told: mpsc::Sender<Told>,
+    round: u64,
+}
+
+impl Teller {
+    /// One whose facts come out at the other end.
+    pub(super) fn new() -> (Self, mpsc::Receiver<Told>) {
+        let (told, facts) = mpsc::channel(FACTS);
+        (Self { told, round: 0 }, facts)
+    }
+
+    /// Tells a fact; `None` if nobody will ever hear it.
+    pub(super) async fn tell(&self, fact: Fact) -> Option<()> {
+        self.told.send(Told { fact, round: self.round }).await.ok()
+    }
+}
+
 /// The tasks.
 pub(super) struct Surroundings {
     config: PathConfig,
-    tell: mpsc::Sender<Fact>,
+    tell: Teller,
     watching: JoinSet<()>,
     sampling: JoinSet<()>,
     mapping: Option<Keeper>,
@@ -52,12 +80,23 @@ pub(super) struct Surroundings {
 
 impl Surroundings {
     /// No tasks, and where their facts will come out.
-    pub(super) fn new(config: PathConfig) -> (Self, mpsc::Receiver<Fact>) {
-        let (tell, facts) = mpsc::channel(FACTS);
+    pub(super) fn new(config: PathConfig) -> (Self, mpsc::Receiver<Told>) {
+        let (tell, facts) = Teller::new();
         let none = JoinSet::new;
         let tasks =
             Self { config, tell, watching: none(), sampling: none(), mapping: None, nat64: none(), resolving: none() };
         (tasks, facts)
+    }
+
+    /// This machine is elsewhere: what was learnt before and not heard yet is not true any more.
+    pub(super) fn begin_anew(&mut self) {
+        self.tell.round += 1;
+    }
+
+    /// The fact, unless it was learnt elsewhere. That something changed is true everywhere.
+    pub(super) fn current(&self, told: Told) -> Option<Fact> {
+        let is_current = told.round == self.tell.round || matches!(told.fact, Fact::Interfaces);
+        is_current.then_some(told.fact)
     }
 
     /// Finds out by which prefix a host without IPv4 reaches the IPv4 internet (RFC 7050).
@@ -73,7 +112,7 @@ impl Surroundings {
             // A resolver that makes up no addresses may still stand beside a NAT64 that has the usual prefix.
             let prefix = prefix.into_iter().next().unwrap_or(Prefix::WELL_KNOWN);
             // Whoever wanted to know may be gone.
-            _ = tell.send(Fact::Nat64(prefix)).await;
+            _ = tell.tell(Fact::Nat64(prefix)).await;
         });
     }
 
@@ -94,7 +133,7 @@ impl Surroundings {
                     }
                 }
                 if !all.is_empty() {
-                    _ = tell.send(Fact::Responders(all)).await;
+                    _ = tell.tell(Fact::Responders(all)).await;
                     return;
                 }
                 sleep(RESOLVE_AGAIN).await;
@@ -133,7 +172,7 @@ impl Surroundings {
             loop {
                 match watch.changed().await {
                     Ok(()) => {
-                        if tell.send(Fact::Interfaces).await.is_err() {
+                        if tell.tell(Fact::Interfaces).await.is_none() {
                             return;
                         }
                     }
@@ -156,7 +195,7 @@ impl Surroundings {
         self.sampling.spawn(async move {
             match sample(responder).await {
                 // Whoever wanted to know may be gone.
-                Ok(ports) => _ = tell.send(Fact::Ports(ports)).await,
+                Ok(ports) => _ = tell.tell(Fact::Ports(ports)).await,
                 Err(error) => tracing::debug!(%error, "no sockets to learn how the NAT picks ports"),
             }
         });

@@ -142,7 +142,7 @@ async fn a_link_that_was_let_go_is_made_anew_for_who_still_holds_it() {
     let (offer, link) = other.wants(&one);
     assert_eq!(other.book.sweep(Instant::now()).len(), 1, "the link before has ended");
     let answer = one.is_offered(&other, &offer);
-    other.book.answered((one.me.instance, Route::Auto), &answer).unwrap();
+    other.book.answered((one.me.instance, Route::Auto), &answer, 1452).unwrap();
     one.is_up_again().await;
     other.is_up_again().await;
     link.await.unwrap().unwrap();

@@ -21,7 +21,7 @@ use peerfleet_proto::{
 use super::{PathEvent, Paths};
 use crate::mesh::{
     interfaces::{host_candidates, interfaces, is_ipv6_only},
-    surroundings::Fact,
+    surroundings::{Fact, Told},
     wake::{Vigil, world_time},
 };
 
@@ -84,7 +84,13 @@ impl Paths {
     }
 
     /// Something was learnt in the background.
-    pub(in crate::mesh) fn handle_fact(&mut self, fact: Fact, now: Instant) {
+    pub(in crate::mesh) fn handle_told(&mut self, told: Told, now: Instant) {
+        if let Some(fact) = self.surroundings.current(told) {
+            self.handle_fact(fact, now);
+        }
+    }
+
+    fn handle_fact(&mut self, fact: Fact, now: Instant) {
         match fact {
             Fact::Interfaces => self.look_at = self.look_at.min(now + SETTLE),
             Fact::Ports(ports) => {
@@ -105,7 +111,7 @@ impl Paths {
             Fact::Mapped(mapped) => {
                 if self.mapped != mapped {
                     self.mapped = mapped;
-                    self.tell_candidates(now);
+                    self.untold = true;
                 }
             }
         }
@@ -132,11 +138,11 @@ impl Paths {
     }
 
     /// What is known of the NAT in front of us; the others are told.
-    pub(super) fn set_nat(&mut self, nat: Nat, now: Instant) {
+    fn set_nat(&mut self, nat: Nat) {
         if self.nat != nat {
             tracing::debug!(?nat, hairpin = ?self.hairpin.outcome(), "what the NAT in front of us does");
             self.nat = nat;
-            self.tell_candidates(now);
+            self.untold = true;
         }
     }
 
@@ -226,21 +232,21 @@ impl Paths {
         self.reflexive.restart(now);
         self.hairpin.forget();
         self.sampled = Sampled::default();
+        self.surroundings.begin_anew();
         self.mapped = None;
         self.nat64 = None;
         self.explore();
-        self.tell_candidates(now);
+        self.untold = true;
         self.agents.tell_all(now, |_, agent| agent.restart(now));
         self.tell_sources(now);
     }
 
-    /// Hears what the responders see. Says whether the others should know.
-    pub(super) fn hear_responders(&mut self, now: Instant) -> bool {
-        let mut found = false;
+    /// Hears what the responders see.
+    pub(super) fn hear_responders(&mut self, now: Instant) {
         while let Some(event) = self.reflexive.poll_event() {
             match event {
                 ReflexiveEvent::Found(seen) => {
-                    found = true;
+                    self.untold = true;
                     if seen.is_ipv4() && !self.is_own(seen) {
                         self.hairpin.begin(seen, now);
                     }
@@ -249,7 +255,6 @@ impl Paths {
                 ReflexiveEvent::Mapping(_) => self.judge(now),
             }
         }
-        found
     }
 
     /// Says what the NAT does, as far as the answers tell, and finds out more where they do not.
@@ -262,7 +267,7 @@ impl Paths {
             self.sampled.at = Some(now);
             self.surroundings.sample(responder);
         }
-        self.set_nat(nat, now);
+        self.set_nat(nat);
     }
 
     fn is_own(&self, seen: SocketAddr) -> bool {

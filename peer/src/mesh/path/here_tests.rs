@@ -13,7 +13,7 @@ use crate::mesh::{
     path::PathEvent,
     routes::{Remote, Routes},
     socket::FromSocket,
-    surroundings::Surroundings,
+    surroundings::{Surroundings, Teller},
 };
 
 const PORT: u16 = 40_000;
@@ -24,7 +24,7 @@ fn remote() -> Arc<Remote> {
 }
 
 /// Paths with one agent, whose relay answers STUN on two ports.
-fn paths(now: Instant) -> (Paths, tokio::sync::mpsc::Receiver<Fact>) {
+fn paths(now: Instant) -> (Paths, tokio::sync::mpsc::Receiver<Told>) {
     let (surroundings, facts) = Surroundings::new(PathConfig::default());
     let mut paths = Paths::new(surroundings, now);
     paths.set_responders(vec![RELAY.parse().unwrap()], Some(8081), now);
@@ -103,6 +103,20 @@ async fn words_of_a_change_are_followed_by_one_look_when_they_have_settled() {
     assert_eq!(paths.look_at, now + SETTLE);
 }
 
+#[tokio::test]
+async fn what_was_learnt_elsewhere_is_not_believed_here() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    let (teller, mut elsewhere) = Teller::new();
+    teller.tell(Fact::Mapped(Some("198.51.100.7:9".parse().unwrap()))).await.unwrap();
+    let told = elsewhere.recv().await.unwrap();
+    paths.begin_anew(now);
+    paths.handle_told(told, now);
+    assert_eq!(paths.mapped, None);
+    paths.handle_fact(Fact::Mapped(Some("198.51.100.8:9".parse().unwrap())), now);
+    assert!(paths.candidates().iter().any(|candidate| candidate.kind == CandidateKind::Mapped));
+}
+
 /// A name space of its own for one test, which this test calls itself again in.
 #[cfg(target_os = "linux")]
 mod in_a_namespace {
@@ -132,7 +146,7 @@ mod in_a_namespace {
         }
         let me = std::env::current_exe().unwrap();
         let mut inner = Command::new("unshare");
-        inner.arg("--net").arg(me).args(["--exact", "--nocapture", test]).env(INNER, "1");
+        inner.args(["--net", "--mount"]).arg(me).args(["--exact", "--nocapture", test]).env(INNER, "1");
         let output = inner.output().expect("`unshare` is there where this test runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "the inner run found the test");
@@ -169,8 +183,114 @@ mod in_a_namespace {
         });
     }
 
+    /// A relay in the world behind a router, as a process of its own: this very program again.
+    struct World(std::process::Child);
+
+    impl Drop for World {
+        fn drop(&mut self) {
+            // It may have ended by itself, in failure; then the test fails for want of answers.
+            _ = self.0.kill();
+            _ = self.0.wait();
+        }
+    }
+
+    const IN_THE_WORLD: &str = "PEERFLEET_TEST_WORLD";
+    const RELAY_IN_THE_WORLD: &str = "203.0.113.9:8080";
+
+    #[test]
+    fn the_relay_in_the_world_of_another_test_runs_while_it_is_wanted() {
+        if std::env::var_os(IN_THE_WORLD).is_none() {
+            return;
+        }
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let bind = vec![RELAY_IN_THE_WORLD.parse().unwrap()];
+            let config = peerfleet_relay::Config { bind, ..peerfleet_relay::Config::default() };
+            peerfleet_relay::Relay::bind(config).unwrap().run().await;
+        });
+    }
+
+    /// Lays cables from here through a router into a world with a relay.
+    fn world() -> World {
+        assert!(Command::new("mount").args(["-t", "tmpfs", "none", "/run"]).status().unwrap().success());
+        ip("netns add router");
+        ip("netns add world");
+        ip("link set lo up");
+        ip("link add lan0 type veth peer name r0 netns router");
+        ip("-n router link add r1 type veth peer name w0 netns world");
+        ip("addr add 10.1.0.2/24 dev lan0");
+        ip("-n router addr add 10.1.0.1/24 dev r0");
+        ip("-n router addr add 203.0.113.1/24 dev r1");
+        ip("-n world addr add 203.0.113.9/24 dev w0");
+        for link in
+            ["link set lan0 up", "-n router link set r0 up", "-n router link set r1 up", "-n world link set w0 up"]
+        {
+            ip(link);
+        }
+        ip("route add default via 10.1.0.1");
+        ip("netns exec router sysctl -qw net.ipv4.ip_forward=1");
+        let me = std::env::current_exe().unwrap();
+        let test =
+            "mesh::path::here::tests::in_a_namespace::the_relay_in_the_world_of_another_test_runs_while_it_is_wanted";
+        let mut relay = Command::new("ip");
+        relay.args(["netns", "exec", "world"]).arg(me).args(["--exact", test]).env(IN_THE_WORLD, "1");
+        World(relay.spawn().unwrap())
+    }
+
+    fn translate(rule: &str) {
+        for words in ["add table ip nat", "flush table ip nat"] {
+            ip(&format!("netns exec router nft {words}"));
+        }
+        ip("netns exec router nft add chain ip nat post { type nat hook postrouting priority 100 ; }");
+        ip(&format!("netns exec router nft add rule ip nat post oifname r1 meta l4proto udp {rule}"));
+    }
+
+    /// What two ports of the relay and, if they see two addresses, sixteen sockets tell.
+    async fn told_of_nat() -> Nat {
+        let socket = tokio::net::UdpSocket::bind("0.0.0.0:0").await.unwrap();
+        let port = socket.local_addr().unwrap().port();
+        let mut reflexive = Reflexive::new([1; 32], Instant::now());
+        reflexive.set_responders(&[RELAY_IN_THE_WORLD.parse().unwrap()], Instant::now());
+        reflexive.set_witnesses(&["203.0.113.9:8081".parse().unwrap()], Instant::now());
+        let mut buffer = [0; 200];
+        while reflexive.mapping() == Mapping::Unknown {
+            while let Some(request) = reflexive.poll_transmit() {
+                // Until the relay has started, the system says that nobody is there.
+                _ = socket.send_to(&request.bytes, request.to).await;
+            }
+            let due = reflexive.poll_timeout().unwrap();
+            tokio::select! {
+                received = socket.recv_from(&mut buffer) => {
+                    let Ok((len, from)) = received else { continue };
+                    reflexive.handle_packet(from, &buffer[..len], Instant::now());
+                }
+                () = tokio::time::sleep_until(due.into()) => reflexive.handle_timeout(Instant::now()),
+            }
+        }
+        let (nat, asks) = judged(&reflexive, port, &[], Ports::Unknown);
+        let Some(responder) = asks else { return nat };
+        Nat { ports: crate::mesh::sampling::sample(responder).await.unwrap(), ..nat }
+    }
+
+    #[test]
+    fn what_the_nat_of_a_real_kernel_does_is_told() {
+        if !is_inner("mesh::path::here::tests::in_a_namespace::what_the_nat_of_a_real_kernel_does_is_told") {
+            return;
+        }
+        let _world = world();
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            translate("masquerade");
+            let kept = Nat { mapping: Mapping::EndpointIndependent, ports: Ports::Preserving };
+            assert_eq!(told_of_nat().await, kept);
+            translate("masquerade fully-random");
+            assert_eq!(told_of_nat().await, Nat { mapping: Mapping::Dependent, ports: Ports::Random });
+            translate("masquerade to :20480-21503 fully-random");
+            let block = Ports::Block { first: 20_480, last: 21_503 };
+            assert_eq!(told_of_nat().await, Nat { mapping: Mapping::Dependent, ports: block });
+        });
+    }
+
     /// Drives the paths as the instance does, until the others are told candidates of this kind.
-    async fn told(paths: &mut Paths, facts: &mut tokio::sync::mpsc::Receiver<Fact>, holds: impl Fn(&[String]) -> bool) {
+    async fn told(paths: &mut Paths, facts: &mut tokio::sync::mpsc::Receiver<Told>, holds: impl Fn(&[String]) -> bool) {
         loop {
             let now = Instant::now();
             paths.handle_timeout(now);
@@ -184,7 +304,7 @@ mod in_a_namespace {
             }
             let due = paths.poll_timeout().unwrap_or(now + Duration::from_secs(1));
             tokio::select! {
-                Some(fact) = facts.recv() => paths.handle_fact(fact, Instant::now()),
+                Some(told) = facts.recv() => paths.handle_told(told, Instant::now()),
                 () = tokio::time::sleep_until(due.into()) => {}
             }
         }

@@ -7,9 +7,11 @@ use std::time::Instant;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
+    sync::mpsc,
 };
 
 use super::*;
+use crate::mesh::surroundings::Told;
 
 const EXTERNAL: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 7);
 const PORT: u16 = 40_000;
@@ -85,13 +87,13 @@ fn pcp_answer(request: &[u8], external: Ipv4Addr, life: u32) -> Vec<u8> {
     answer
 }
 
-async fn mapped(facts: &mut mpsc::Receiver<Fact>) -> Option<SocketAddr> {
-    let Fact::Mapped(mapped) = facts.recv().await.unwrap() else { panic!("a fact of another kind") };
+async fn mapped(facts: &mut mpsc::Receiver<Told>) -> Option<SocketAddr> {
+    let Fact::Mapped(mapped) = facts.recv().await.unwrap().fact else { panic!("a fact of another kind") };
     mapped
 }
 
-fn keeper(place: Place) -> (Keeper, mpsc::Receiver<Fact>) {
-    let (tell, facts) = mpsc::channel(4);
+fn keeper(place: Place) -> (Keeper, mpsc::Receiver<Told>) {
+    let (tell, facts) = Teller::new();
     let (stop, stopped) = oneshot::channel();
     let find = move || std::future::ready(Some(place));
     (Keeper { stop, task: tokio::spawn(keep(find, port(), tell, stopped)) }, facts)
