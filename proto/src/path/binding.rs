@@ -71,3 +71,48 @@ impl Binding {
         self.died = self.died.filter(|(_, at)| *at + FORGIVEN_AFTER > now);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[expect(clippy::disallowed_methods, reason = "an Instant cannot be made in any other way")]
+    fn beginning() -> Instant {
+        Instant::now()
+    }
+
+    fn live(binding: &mut Binding, times: u32, now: Instant) -> Duration {
+        for _ in 0..times {
+            binding.lived(binding.interval(Role::Controlling), now);
+        }
+        binding.interval(Role::Controlled)
+    }
+
+    #[test]
+    fn an_interval_that_is_lived_through_grows_to_the_longest_and_no_further() {
+        let now = beginning();
+        assert_eq!(live(&mut Binding::default(), 100, now), KEEP_ALIVE);
+    }
+
+    #[test]
+    fn after_a_death_no_interval_comes_near_it_until_it_is_forgiven() {
+        let (mut binding, now) = (Binding::default(), beginning());
+        binding.died(Duration::from_secs(16), now);
+        assert_eq!(live(&mut binding, 1000, now), Duration::from_secs(12));
+        assert_eq!(live(&mut binding, 1000, now + FORGIVEN_AFTER), KEEP_ALIVE);
+    }
+
+    #[test]
+    fn a_busy_path_that_dies_shortens_nothing() {
+        let (mut binding, now) = (Binding::default(), beginning());
+        binding.died(Duration::from_secs(1), now);
+        assert_eq!(binding.interval(Role::Controlled), KEEP_ALIVE_FIRST);
+    }
+
+    #[test]
+    fn a_path_that_dies_again_and_again_is_not_checked_all_the_time() {
+        let (mut binding, now) = (Binding::default(), beginning());
+        (0..20).for_each(|_| binding.died(binding.interval(Role::Controlling), now));
+        assert_eq!(binding.interval(Role::Controlled), KEEP_ALIVE_LEAST);
+    }
+}

@@ -6,7 +6,7 @@
 //! Quiet (checked when nothing proved it for the interval of its [`Binding`](super::binding)) -> suspected (for [`SUSPICION`] we
 //! send and hear nothing, data is not acknowledged, or what came steadily has stopped) -> unanswered (a check every [`RECHECK`])
 //! -> lost, or quiet again with any proof.
-//! Bounds: a path that dies beneath traffic is lost 0.9 s later, one that carries no data 2 s later, an idle one within
+//! Bounds: a path that dies beneath traffic is lost 0.9 s later, one that carries no data 1.2 s later, an idle one within
 //! [`KEEP_ALIVE`] and [`GRACE`]; each at round trips up to 0.1 s, above which every wait is a number of them.
 
 use std::{
@@ -35,8 +35,8 @@ pub const GRACE: Duration = Duration::from_secs(2);
 pub const SHORT_GRACE: Duration = Duration::from_millis(600);
 
 /// How long data may go unacknowledged, while checks are answered, before the path counts as one that carries none; six
-/// round trips, if that is longer. Within 1.5 s QUIC probes four times.
-pub const DATA_GRACE: Duration = Duration::from_millis(1500);
+/// round trips, if that is longer. Within 1.2 s QUIC sends four times (RFC 9002 §6.2 at a round trip of 40 ms).
+pub const DATA_GRACE: Duration = Duration::from_millis(1200);
 
 /// The same for a path that has not carried any data yet.
 pub const TRIAL: Duration = Duration::from_secs(1);
