@@ -118,7 +118,7 @@ mod tests {
         id::{InstanceId, JobId, Ticket},
         request::{
             exec::{Attach, Command, ExecSpec, Follow},
-            link::CandidateUpdate,
+            link::{CandidateUpdate, Nat},
             transfer::{FileInfo, OfferSpec, PathWish, PullSpec, ReceiveSpec},
         },
     };
@@ -172,7 +172,10 @@ mod tests {
             (exec(), [false, false, false, true]),
             (attach(true), [false, false, false, true]),
             (Request::Cancel(JobId::from_bytes([0; 16])), [false, false, false, true]),
-            (Request::Candidates(CandidateUpdate { candidates: Vec::new() }), [false, false, false, false]),
+            (
+                Request::Candidates(CandidateUpdate { candidates: Vec::new(), nat: Nat::default() }),
+                [false, false, false, false],
+            ),
         ]
     }
 

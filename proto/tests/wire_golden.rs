@@ -18,7 +18,7 @@ use peerfleet_proto::{
             Attach, Attached, Captured, Command, EndState, ExecSpec, Follow, FromCaller, FromHost, JobEnd, JobReport,
             JobSignal, JobSummary,
         },
-        link::{Candidate, CandidateKind, CandidateUpdate, LinkAnswer, LinkOffer, Route},
+        link::{Candidate, CandidateKind, CandidateUpdate, LinkAnswer, LinkOffer, Mapping, Nat, Ports, Route},
         transfer::{
             FileInfo, OfferSpec, Offered, PathNow, PathWish, Progress, PullSpec, RangeReply, RangeRequest, ReceiveSpec,
         },
@@ -206,11 +206,15 @@ golden! { requests: Request {
         tls_key: vec![1, 2, 3],
         check_share: [6; 32],
         candidates: candidates(),
+        nat: Nat { mapping: Mapping::Dependent, ports: Ports::Block { first: 1024, last: 2047 } },
     }),
         "0000030102030606060606060606060606060606060606060606060606060606060606060606020000c0000201903f01"
-        "0120010db8000000000000000000000001bb03";
-    Request::Candidates(_) => Request::Candidates(CandidateUpdate { candidates: candidates() }),
-        "01020000c0000201903f010120010db8000000000000000000000001bb03";
+        "0120010db8000000000000000000000001bb0302038008ff0f";
+    Request::Candidates(_) => Request::Candidates(CandidateUpdate {
+        candidates: candidates(),
+        nat: Nat { mapping: Mapping::Dependent, ports: Ports::Sequential { last: 300, step: -1 } },
+    }),
+        "01020000c0000201903f010120010db8000000000000000000000001bb030202ac0201";
     Request::Ping => Request::Ping, "02";
     Request::Exec(_) => Request::Exec(ExecSpec {
         command: Command::Argv(vec![b"ls".to_vec(), b"-l".to_vec()]),
@@ -249,7 +253,8 @@ golden! { outcomes: Outcome {
         tls_key: vec![1, 2, 3],
         check_share: [6; 32],
         candidates: vec![],
-    }), "0003010203060606060606060606060606060606060606060606060606060606060606060600";
+        nat: Nat { mapping: Mapping::EndpointIndependent, ports: Ports::Preserving },
+    }), "00030102030606060606060606060606060606060606060606060606060606060606060606000101";
     Outcome::Done => Outcome::Done, "01";
     Outcome::Job(_) => Outcome::Job(JobReport {
         job: job_id(),

@@ -14,7 +14,7 @@ use peerfleet_proto::{
             Attach, Attached, Captured, Command, EndState, ExecSpec, Follow, FromCaller, FromHost, JobEnd, JobReport,
             JobSignal, JobSummary,
         },
-        link::{Candidate, CandidateKind, CandidateUpdate, LinkAnswer, LinkOffer, Route},
+        link::{Candidate, CandidateKind, CandidateUpdate, LinkAnswer, LinkOffer, Mapping, Nat, Ports, Route},
         transfer::{
             FileInfo, OfferSpec, Offered, PathNow, PathWish, Progress, PullSpec, RangeReply, RangeRequest, ReceiveSpec,
         },
@@ -475,8 +475,9 @@ fn message() -> impl Strategy<Value = Message> {
 }
 
 fn request() -> impl Strategy<Value = Request> {
-    let offer = (route(), payload(), any::<[u8; 32]>(), candidates())
-        .prop_map(|(route, tls_key, check_share, candidates)| LinkOffer { route, tls_key, check_share, candidates });
+    let offer = (route(), payload(), any::<[u8; 32]>(), candidates(), nat()).prop_map(
+        |(route, tls_key, check_share, candidates, nat)| LinkOffer { route, tls_key, check_share, candidates, nat },
+    );
     let attach = (job(), any::<[u64; 2]>(), any::<[bool; 2]>()).prop_map(
         |(job, [stdout_from, stderr_from], [follow, owner])| Attach { job, stdout_from, stderr_from, follow, owner },
     );
@@ -492,7 +493,7 @@ fn request() -> impl Strategy<Value = Request> {
     );
     prop_oneof![
         offer.prop_map(Request::Link),
-        candidates().prop_map(|candidates| Request::Candidates(CandidateUpdate { candidates })),
+        (candidates(), nat()).prop_map(|(candidates, nat)| Request::Candidates(CandidateUpdate { candidates, nat })),
         Just(Request::Ping),
         exec_spec().prop_map(Request::Exec),
         attach.prop_map(Request::Attach),
@@ -513,8 +514,8 @@ fn exec_spec() -> impl Strategy<Value = ExecSpec> {
 }
 
 fn outcome() -> impl Strategy<Value = Outcome> {
-    let answer = (payload(), any::<[u8; 32]>(), candidates())
-        .prop_map(|(tls_key, check_share, candidates)| LinkAnswer { tls_key, check_share, candidates });
+    let answer = (payload(), any::<[u8; 32]>(), candidates(), nat())
+        .prop_map(|(tls_key, check_share, candidates, nat)| LinkAnswer { tls_key, check_share, candidates, nat });
     let report = (job(), option::of(job_end()), captured(), captured())
         .prop_map(|(job, end, stdout, stderr)| JobReport { job, end, stdout, stderr });
     let attached = any::<[u64; 3]>().prop_map(|[stdin_taken, stdout_from, stderr_from]| Attached {
@@ -669,6 +670,16 @@ fn candidates() -> impl Strategy<Value = Vec<Candidate>> {
         CandidateKind::Mapped,
     ]);
     vec((kind, address()).prop_map(|(kind, addr)| Candidate { kind, addr }), 0..4)
+}
+
+fn nat() -> impl Strategy<Value = Nat> {
+    let mapping = one_of(&[Mapping::Unknown, Mapping::EndpointIndependent, Mapping::Dependent]);
+    let ports = prop_oneof![
+        one_of(&[Ports::Unknown, Ports::Preserving, Ports::Random]),
+        any::<(u16, i16)>().prop_map(|(last, step)| Ports::Sequential { last, step }),
+        any::<[u16; 2]>().prop_map(|[first, last]| Ports::Block { first, last }),
+    ];
+    (mapping, ports).prop_map(|(mapping, ports)| Nat { mapping, ports })
 }
 
 /// Without flow label and scope, which mean nothing to another host and do not travel.

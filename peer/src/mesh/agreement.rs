@@ -22,7 +22,7 @@ use peerfleet_proto::{
     path::{CheckKey, Role},
     request::{
         Failure, FailureKind,
-        link::{Candidate, LinkAnswer, LinkOffer, Route},
+        link::{Candidate, LinkAnswer, LinkOffer, Nat, Route},
     },
 };
 use quinn::Connection;
@@ -68,6 +68,8 @@ pub(super) struct Agreed {
 pub(super) struct Here {
     /// Where it might be reached.
     pub(super) candidates: Vec<Candidate>,
+    /// What it knows of the NAT in front of it.
+    pub(super) nat: Nat,
     /// Largest packet that a direct path between both sides may take, in bytes.
     pub(super) plausible_mtu: u16,
 }
@@ -231,8 +233,8 @@ impl Book {
         self.entry(key, caller.peer, slot, now);
         let agreed = self.agree(key, offer.check_share, announced, here.plausible_mtu);
         let our_share = self.entries.get(&key).map(|entry| entry.our_share).ok_or(NoAgreement::Full)?;
-        let answer =
-            LinkAnswer { tls_key: self.tls.spki().to_vec(), check_share: our_share, candidates: here.candidates };
+        let Here { candidates, nat, plausible_mtu: _ } = here;
+        let answer = LinkAnswer { tls_key: self.tls.spki().to_vec(), check_share: our_share, candidates, nat };
         Ok((answer, agreed))
     }
 

@@ -15,14 +15,13 @@ use std::{
 
 use peerfleet_proto::{
     limits::MAX_CANDIDATES,
-    path::{
-        Agent, Agents, CheckKey, Config, Direct, Event, Hairpin, Handled, Reflexive, Role, Transmit, nat64::Prefix,
-    },
+    path::{Agent, Agents, Config, Direct, Event, Hairpin, Handled, Reflexive, Transmit, nat64::Prefix},
     request::link::{Candidate, CandidateKind, Nat},
 };
 use quinn::Connection;
 
 use super::{
+    agreement::Agreed,
     evidence::{Evidence, Finding},
     interfaces::{Interface, host_candidates, interfaces, networks, source_towards},
     mtu,
@@ -52,8 +51,17 @@ pub(super) enum PathEvent {
     },
     /// This machine is in another place of the network, or slept.
     Elsewhere,
-    /// Our own candidates changed: the others should know.
-    Candidates(Vec<Candidate>),
+    /// Where we might be reached changed: the others should know.
+    Moved(Whereabouts),
+}
+
+/// Where one side might be reached, and what it knows of the NAT in front of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Whereabouts {
+    /// Best first.
+    pub(super) candidates: Vec<Candidate>,
+    /// As far as it is known.
+    pub(super) nat: Nat,
 }
 
 /// The agents, and what they share.
@@ -132,8 +140,12 @@ impl Paths {
         self.explore();
     }
 
-    /// Where we might be reached, best first.
-    pub(super) fn candidates(&self) -> Vec<Candidate> {
+    /// Where we might be reached.
+    pub(super) fn whereabouts(&self) -> Whereabouts {
+        Whereabouts { candidates: self.candidates(), nat: self.nat }
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
         let of = |kind| move |addr| Candidate { kind, addr };
         let mapped = self.mapped.into_iter().map(of(CandidateKind::Mapped));
         let reflexive = self.reflexive.addresses().into_iter().map(of(CandidateKind::ServerReflexive));
@@ -149,7 +161,7 @@ impl Paths {
     }
 
     /// A link was agreed that may travel directly.
-    pub(super) fn add(&mut self, remote: Arc<Remote>, key: CheckKey, role: Role, theirs: Vec<Candidate>, now: Instant) {
+    pub(super) fn add(&mut self, agreed: Agreed, there: Whereabouts, now: Instant) {
         if self.socket.is_none() {
             return;
         }
@@ -157,12 +169,13 @@ impl Paths {
             self.keep_watch(now);
             self.reflexive.set_active(true, now);
         }
+        let Agreed { remote, check_key: key, role } = agreed;
         let mut agent = Agent::new(Config { key, role, seed: random::bytes() }, now);
         agent.set_networks(&networks(&self.interfaces));
         agent.set_local(self.candidates(), now);
-        agent.set_remote(self.reachable(&theirs), now);
+        agent.set_remote(self.reachable(&there.candidates), now);
         self.agents.insert(remote.mapped, agent, now);
-        self.links.insert(remote.mapped, Link { remote, theirs, evidence: None });
+        self.links.insert(remote.mapped, Link { remote, theirs: there.candidates, evidence: None });
     }
 
     /// A link is up.
@@ -181,11 +194,11 @@ impl Paths {
         }
     }
 
-    /// The other side has other candidates.
-    pub(super) fn set_theirs(&mut self, remote: &Remote, theirs: Vec<Candidate>, now: Instant) {
-        let reachable = self.reachable(&theirs);
+    /// The other side is to be reached elsewhere, or knows more of its NAT.
+    pub(super) fn set_theirs(&mut self, remote: &Remote, there: Whereabouts, now: Instant) {
+        let reachable = self.reachable(&there.candidates);
         if let Some(link) = self.links.get_mut(&remote.mapped) {
-            link.theirs = theirs;
+            link.theirs = there.candidates;
             self.agents.tell(&remote.mapped, now, |agent| agent.set_remote(reachable, now));
         }
     }
@@ -243,14 +256,14 @@ impl Paths {
         }
     }
 
-    fn tell_candidates(&mut self, now: Instant) {
-        let candidates = self.candidates();
+    fn tell_whereabouts(&mut self, now: Instant) {
+        let here = self.whereabouts();
         let networks = networks(&self.interfaces);
         self.agents.tell_all(now, |_, agent| {
             agent.set_networks(&networks);
-            agent.set_local(candidates.clone(), now);
+            agent.set_local(here.candidates.clone(), now);
         });
-        self.events.push_back(PathEvent::Candidates(candidates));
+        self.events.push_back(PathEvent::Moved(here));
     }
 
     /// The next packet to send.
@@ -263,7 +276,7 @@ impl Paths {
     pub(super) fn poll_event(&mut self, now: Instant) -> Option<PathEvent> {
         self.hear_responders(now);
         if std::mem::take(&mut self.untold) {
-            self.tell_candidates(now);
+            self.tell_whereabouts(now);
         }
         if let Some(queued) = self.events.pop_front() {
             return Some(queued);

@@ -41,6 +41,8 @@ pub struct LinkOffer {
     pub check_share: [u8; 32],
     /// Where this side might be reached directly.
     pub candidates: Vec<Candidate>,
+    /// What this side knows of the NAT in front of it; unknown if it wants no search for a path.
+    pub nat: Nat,
 }
 
 /// The answering side's half of a link.
@@ -52,19 +54,25 @@ pub struct LinkAnswer {
     pub check_share: [u8; 32],
     /// Where this side might be reached directly.
     pub candidates: Vec<Candidate>,
+    /// What this side knows of the NAT in front of it; unknown if it wants no search for a path.
+    pub nat: Nat,
 }
 
 impl fmt::Debug for LinkOffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { route, tls_key: _, check_share: _, candidates } = self;
-        f.debug_struct("LinkOffer").field("route", route).field("candidates", candidates).finish_non_exhaustive()
+        let Self { route, tls_key: _, check_share: _, candidates, nat } = self;
+        f.debug_struct("LinkOffer")
+            .field("route", route)
+            .field("candidates", candidates)
+            .field("nat", nat)
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for LinkAnswer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { tls_key: _, check_share: _, candidates } = self;
-        f.debug_struct("LinkAnswer").field("candidates", candidates).finish_non_exhaustive()
+        let Self { tls_key: _, check_share: _, candidates, nat } = self;
+        f.debug_struct("LinkAnswer").field("candidates", candidates).field("nat", nat).finish_non_exhaustive()
     }
 }
 
@@ -73,6 +81,8 @@ impl fmt::Debug for LinkAnswer {
 pub struct CandidateUpdate {
     /// The sender's full list, in place of the one before.
     pub candidates: Vec<Candidate>,
+    /// What the sender knows of its NAT by now, likewise.
+    pub nat: Nat,
 }
 
 /// An address where a peer might be reached, and how it knows.
@@ -124,6 +134,7 @@ impl PartialOrd for CandidateKind {
 }
 
 /// What a side knows of the NAT in front of it (RFC 4787 §4.1), as far as its STUN answers tell.
+/// Not checked on arrival: a range may be the wrong way round, and a step may be 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Nat {
     /// Whether one local port is seen as one address everywhere.
@@ -177,8 +188,9 @@ mod tests {
     #[test]
     fn debug_shows_no_share_of_the_check_key() {
         let (tls_key, check_share, candidates) = (vec![1], [0xA7; 32], vec![]);
-        let answer = LinkAnswer { tls_key: tls_key.clone(), check_share, candidates: candidates.clone() };
-        let offer = LinkOffer { route: Route::Auto, tls_key, check_share, candidates };
+        let nat = Nat::default();
+        let answer = LinkAnswer { tls_key: tls_key.clone(), check_share, candidates: candidates.clone(), nat };
+        let offer = LinkOffer { route: Route::Auto, tls_key, check_share, candidates, nat };
         assert!(!format!("{offer:?} {answer:?}").contains("167"));
     }
 

@@ -6,7 +6,7 @@ use peerfleet_proto::{
     id::InstanceId,
     request::{
         Failure, FailureKind, Outcome, Request,
-        link::{Candidate, CandidateUpdate, LinkOffer, Route},
+        link::{CandidateUpdate, LinkOffer, Route},
     },
 };
 
@@ -17,7 +17,7 @@ use crate::mesh::{
     asks::Waiting,
     heads,
     link::LinkEvent,
-    path::PathEvent,
+    path::{PathEvent, Whereabouts},
     routes::Remote,
 };
 
@@ -38,8 +38,8 @@ impl Actor {
             return;
         }
         let Some((check_share, tls_key)) = self.book.want(key, peer, slot, reply, now) else { return };
-        let candidates = self.candidates(route);
-        let offer = Request::Link(LinkOffer { route, tls_key, check_share, candidates });
+        let Whereabouts { candidates, nat } = self.whereabouts(route);
+        let offer = Request::Link(LinkOffer { route, tls_key, check_share, candidates, nat });
         let id = self.exchange.ask(to, offer, AGREE_DEADLINE, now, &mut self.rng);
         self.asks.insert(id, Waiting::Link(key));
     }
@@ -51,7 +51,8 @@ impl Actor {
         }
         let slot = self.members.get(caller.instance).and_then(|member| member.slot);
         let plausible_mtu = self.paths.plausible_mtu(&offer.candidates);
-        let here = Here { candidates: self.candidates(offer.route), plausible_mtu };
+        let Whereabouts { candidates, nat } = self.whereabouts(offer.route);
+        let here = Here { candidates, nat, plausible_mtu };
         let before = self.book.remote(caller.instance);
         match self.book.offered(caller, slot, offer, here, now) {
             Ok((answer, agreed)) => {
@@ -61,7 +62,8 @@ impl Actor {
                 {
                     self.paths.remove(&before, now);
                 }
-                self.agreed(agreed, offer.candidates.clone(), now);
+                let there = Whereabouts { candidates: offer.candidates.clone(), nat: offer.nat };
+                self.agreed(agreed, there, now);
                 Outcome::Link(answer)
             }
             Err(why) => Outcome::Failed(why.into()),
@@ -75,7 +77,8 @@ impl Actor {
             Ok(Outcome::Link(answer)) => {
                 let plausible_mtu = self.paths.plausible_mtu(&answer.candidates);
                 let agreed = self.book.answered(key, &answer, plausible_mtu);
-                self.agreed(agreed, answer.candidates, Instant::now());
+                let there = Whereabouts { candidates: answer.candidates, nat: answer.nat };
+                self.agreed(agreed, there, Instant::now());
             }
             Ok(Outcome::Failed(failure)) => self.book.refused(key, &failure.what),
             Ok(_) => self.book.refused(key, "the other side gave an answer of another kind"),
@@ -118,7 +121,7 @@ impl Actor {
             match event {
                 PathEvent::Changed { remote, direct } => self.path_changed(&remote, direct),
                 PathEvent::Elsewhere => self.moved(now),
-                PathEvent::Candidates(candidates) => self.tell_candidates(&candidates, now),
+                PathEvent::Moved(here) => self.tell_whereabouts(&here, now),
             }
         }
         while let Some(transmit) = self.paths.poll_transmit() {
@@ -144,26 +147,26 @@ impl Actor {
         self.book.moved(remote, direct.map(|direct| direct.rtt));
     }
 
-    fn tell_candidates(&mut self, candidates: &[Candidate], now: Instant) {
+    fn tell_whereabouts(&mut self, here: &Whereabouts, now: Instant) {
         for instance in self.book.with_paths() {
-            let update = Request::Candidates(CandidateUpdate { candidates: candidates.to_vec() });
+            let update = Request::Candidates(CandidateUpdate { candidates: here.candidates.clone(), nat: here.nat });
             let id = self.exchange.ask(instance, update, AGREE_DEADLINE, now, &mut self.rng);
             self.asks.insert(id, Waiting::Candidates);
         }
     }
 
-    fn agreed(&mut self, agreed: Option<Agreed>, theirs: Vec<Candidate>, now: Instant) {
+    fn agreed(&mut self, agreed: Option<Agreed>, there: Whereabouts, now: Instant) {
         let Some(Agreed { remote, check_key, role }) = agreed else { return };
         if remote.route == Route::Auto {
-            self.paths.add(remote, check_key, role, theirs, now);
+            self.paths.add(Agreed { remote, check_key, role }, there, now);
         }
     }
 
     /// Where we may be reached over a link of this route: nowhere, if it may only be relayed.
-    fn candidates(&self, route: Route) -> Vec<Candidate> {
+    fn whereabouts(&self, route: Route) -> Whereabouts {
         match route {
-            Route::Auto => self.paths.candidates(),
-            Route::RelayedOnly => Vec::new(),
+            Route::Auto => self.paths.whereabouts(),
+            Route::RelayedOnly => Whereabouts::default(),
         }
     }
 

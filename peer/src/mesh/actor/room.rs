@@ -11,7 +11,9 @@ use peerfleet_proto::{
 };
 
 use super::{Actor, LineEvent};
-use crate::mesh::{Caller, NotJoined, interfaces::source_towards, roster::Member, wire::ToRelay};
+use crate::mesh::{
+    Caller, NotJoined, interfaces::source_towards, path::Whereabouts, roster::Member, wire::ToRelay,
+};
 
 impl Actor {
     /// Something happened on the line to the relay.
@@ -179,7 +181,8 @@ impl Actor {
     ) -> Outcome {
         match self.book.remote(caller.instance) {
             Some(remote) => {
-                self.paths.set_theirs(&remote, update.candidates, now);
+                let there = Whereabouts { candidates: update.candidates, nat: update.nat };
+                self.paths.set_theirs(&remote, there, now);
                 Outcome::Done
             }
             None => Outcome::Failed(Failure::new(FailureKind::NotFound, "there is no link", "offer one first")),

@@ -40,17 +40,12 @@ impl Side {
         let key = (other.me.instance, Route::Auto);
         let offer = self.book.want(key, other.me.peer, Some(other.slot()), reply, Instant::now());
         let (check_share, tls_key) = offer.expect("nobody wanted the link before");
-        (LinkOffer { route: Route::Auto, tls_key, check_share, candidates: vec![] }, link)
+        (LinkOffer { route: Route::Auto, tls_key, check_share, candidates: vec![], nat: Nat::default() }, link)
     }
 
     fn is_offered(&mut self, from: &Self, offer: &LinkOffer) -> LinkAnswer {
-        let offered = self.book.offered(
-            from.me,
-            Some(from.slot()),
-            offer,
-            Here { candidates: vec![], plausible_mtu: 1452 },
-            Instant::now(),
-        );
+        let here = Here { candidates: vec![], nat: Nat::default(), plausible_mtu: 1452 };
+        let offered = self.book.offered(from.me, Some(from.slot()), offer, here, Instant::now());
         offered.ok().expect("the offer is in order").0
     }
 
@@ -197,10 +192,6 @@ async fn a_key_of_another_kind_is_not_agreed_on() {
     let (mut one, mut other) = (Side::start(1).await, Side::start(2).await);
     let (offer, _) = one.wants(&other);
     let offer = LinkOffer { tls_key: vec![1, 2, 3], ..offer };
-    assert!(
-        other
-            .book
-            .offered(one.me, None, &offer, Here { candidates: vec![], plausible_mtu: 1452 }, Instant::now())
-            .is_err()
-    );
+    let here = Here { candidates: vec![], nat: Nat::default(), plausible_mtu: 1452 };
+    assert!(other.book.offered(one.me, None, &offer, here, Instant::now()).is_err());
 }

@@ -10,7 +10,8 @@ use peerfleet_proto::{
 use super::*;
 use crate::mesh::{
     PathConfig,
-    path::PathEvent,
+    agreement::Agreed,
+    path::{PathEvent, Whereabouts},
     routes::{Remote, Routes},
     socket::FromSocket,
     surroundings::{Surroundings, Teller},
@@ -29,7 +30,9 @@ fn paths(now: Instant) -> (Paths, tokio::sync::mpsc::Receiver<Told>) {
     let mut paths = Paths::new(surroundings, now);
     paths.set_responders(vec![RELAY.parse().unwrap()], Some(8081), now);
     paths.open((PORT, true), now);
-    paths.add(remote(), CheckKey::agree(&[1; 32], &[2; 32]), Role::Controlling, Vec::new(), now);
+    let check_key = CheckKey::agree(&[1; 32], &[2; 32]);
+    let agreed = Agreed { remote: remote(), check_key, role: Role::Controlling };
+    paths.add(agreed, Whereabouts::default(), now);
     (paths, facts)
 }
 
@@ -65,7 +68,7 @@ async fn a_nat_that_shows_each_another_address_is_told_as_dependent_with_its_por
     assert_eq!(paths.nat, Nat { mapping: Mapping::Dependent, ports: Ports::Unknown });
     paths.handle_fact(Fact::Ports(Ports::Random), now);
     assert_eq!(paths.nat, Nat { mapping: Mapping::Dependent, ports: Ports::Random });
-    assert!(matches!(paths.poll_event(now), Some(PathEvent::Candidates(_))), "the others are told");
+    assert!(matches!(paths.poll_event(now), Some(PathEvent::Moved(_))), "the others are told");
 }
 
 #[tokio::test]
@@ -296,7 +299,7 @@ mod in_a_namespace {
             paths.handle_timeout(now);
             while paths.poll_transmit().is_some() {}
             while let Some(event) = paths.poll_event(now) {
-                let PathEvent::Candidates(candidates) = event else { continue };
+                let PathEvent::Moved(Whereabouts { candidates, .. }) = event else { continue };
                 let ips: Vec<_> = candidates.iter().map(|candidate| candidate.addr.ip().to_string()).collect();
                 if holds(&ips) {
                     return;
