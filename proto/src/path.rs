@@ -35,6 +35,7 @@ pub mod pair;
 mod receive;
 pub mod reflexive;
 pub mod score;
+pub mod search;
 pub mod transaction;
 mod watch;
 

@@ -69,6 +69,11 @@ impl CheckKey {
         key
     }
 
+    /// The key of searches: their checks are numbered apart from the agent's.
+    pub(super) fn for_searches(&self) -> Self {
+        Self(blake3::derive_key("peerfleet v1 search key", &self.0))
+    }
+
     fn integrity(&self, sender: Role) -> IntegrityKey {
         IntegrityKey::new(&blake3::derive_key(
             match sender {
