@@ -245,6 +245,15 @@ impl Agent {
         self.drive(now);
     }
 
+    /// A search found that this address is reached from another socket than before: it is checked at once.
+    pub fn try_address(&mut self, addr: SocketAddr, now: Instant) {
+        let (addr, current) = (candidate::canonical(addr), self.current());
+        if candidate::is_usable(addr) {
+            self.pairs.begin_anew(addr, current, now);
+        }
+        self.drive(now);
+    }
+
     /// Other packets were sent on the direct path. May be told coarsely, say every 50 ms.
     pub fn on_sent(&mut self, now: Instant) {
         if let State::Direct { current, .. } = &mut self.state {

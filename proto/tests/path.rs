@@ -157,6 +157,22 @@ fn two_on_one_machine_meet_on_loopback() {
     assert_eq!(two.path(1), Some(addr("127.0.0.1:4000")));
 }
 
+#[test]
+fn an_address_that_a_search_found_is_checked_whatever_was_spent_on_it_before() {
+    let mut lone = Lone::new();
+    lone.know(&[THERE]);
+    for _ in 0..BUDGET {
+        lone.agent.restart(lone.now);
+        lone.sent_during(Duration::from_millis(50));
+    }
+    assert!(lone.sent_during(Duration::from_millis(200)).is_empty());
+    for found in [THERE, ELSEWHERE] {
+        lone.agent.try_address(addr(found), lone.now);
+        let sent = lone.sent_during(Duration::from_millis(900));
+        assert_eq!(sent.iter().filter(|(_, transmit)| transmit.to == addr(found)).count(), BURST.len());
+    }
+}
+
 // Promotion and clearing.
 
 #[test]

@@ -316,6 +316,11 @@ impl Ledger {
         renewed.map_or(wanted, |renewed| wanted.max(renewed))
     }
 
+    /// Nothing was spent on this address.
+    pub(super) fn forget(&mut self, to: &SocketAddr) {
+        self.spent.remove(to);
+    }
+
     /// A check was sent.
     pub(super) fn spend(&mut self, to: SocketAddr, now: Instant) {
         self.spent.retain(|_, spent| spent.back().is_some_and(|newest| *newest + BUDGET_WINDOW > now));

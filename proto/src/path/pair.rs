@@ -190,6 +190,16 @@ impl Pairs {
         self.pairs.values_mut().for_each(Pair::trust);
     }
 
+    /// Begins a burst of the pair of an address that is reached in another way than before, learnt if there is room.
+    pub(super) fn begin_anew(&mut self, addr: SocketAddr, current: Option<SocketAddr>, now: Instant) {
+        // What was spent on the old way says nothing of the new one, nor what it carried.
+        self.ledger.forget(&addr);
+        if let Some(pair) = self.learn(addr, current, now) {
+            pair.trust();
+            pair.plan.begin(now);
+        }
+    }
+
     /// Begins a burst of every pair.
     pub(super) fn begin_all(&mut self, now: Instant) {
         self.pairs.values_mut().for_each(|pair| pair.plan.begin(now));

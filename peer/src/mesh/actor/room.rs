@@ -11,9 +11,7 @@ use peerfleet_proto::{
 };
 
 use super::{Actor, LineEvent};
-use crate::mesh::{
-    Caller, NotJoined, interfaces::source_towards, path::Whereabouts, roster::Member, wire::ToRelay,
-};
+use crate::mesh::{Caller, NotJoined, interfaces::source_towards, path::Whereabouts, roster::Member, wire::ToRelay};
 
 impl Actor {
     /// Something happened on the line to the relay.
