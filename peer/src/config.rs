@@ -74,6 +74,8 @@ pub struct Layer {
     /// STUN servers to ask besides the relay.
     #[serde(deserialize_with = "parsed_each")]
     pub stun: Option<Vec<StunServer>>,
+    /// Whether paths through hard NATs are searched for.
+    pub hard_nat_search: Option<bool>,
     /// The folder with identity, jobs and transfers.
     pub state_dir: Option<PathBuf>,
     /// Single identities with less or more than the mode; in a file only.
@@ -192,6 +194,7 @@ impl Config {
             paths: PathConfig {
                 port_mapping: layers.iter().find_map(|(layer, _)| layer.port_mapping).unwrap_or(true),
                 stun: layers.iter().find_map(|(layer, _)| layer.stun.clone()).unwrap_or_default(),
+                hard_nat_search: layers.iter().find_map(|(layer, _)| layer.hard_nat_search).unwrap_or(true),
             },
             access: file.access.clone(),
             state,
@@ -328,6 +331,7 @@ fn from_environment(env: &Env) -> Result<Layer> {
         no_exec: switch(env, env::NO_EXEC)?,
         port_mapping: switch(env, env::PORT_MAPPING)?,
         stun: env.text(env::STUN)?.map(|text| parse_each(&text)).transpose().map_err(|fault| bad(env::STUN, fault))?,
+        hard_nat_search: switch(env, env::HARD_NAT_SEARCH)?,
         state_dir: env.path(env::STATE_DIR),
         access: BTreeMap::new(),
     })

@@ -39,6 +39,8 @@ pub const NO_EXEC: &str = "PEER_NO_EXEC";
 pub const PORT_MAPPING: &str = "PEER_PORT_MAPPING";
 /// STUN servers to ask besides the relay, separated by commas.
 pub const STUN: &str = "PEER_STUN";
+/// `0` or `false`: no search for paths through hard NATs.
+pub const HARD_NAT_SEARCH: &str = "PEER_HARD_NAT_SEARCH";
 /// The folder with identity, jobs and transfers.
 pub const STATE_DIR: &str = "PEER_STATE_DIR";
 /// The configuration file.
@@ -58,7 +60,7 @@ pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
 /// Where sockets go; the state folder if unset.
 pub const XDG_RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
 
-const ALL: [&str; 29] = [
+const ALL: [&str; 30] = [
     TOKEN,
     TOKEN_FILE,
     RELAY,
@@ -79,6 +81,7 @@ const ALL: [&str; 29] = [
     NO_EXEC,
     PORT_MAPPING,
     STUN,
+    HARD_NAT_SEARCH,
     STATE_DIR,
     CONFIG,
     BIND,

@@ -30,6 +30,7 @@ mod asks;
 mod congestion;
 mod dial;
 mod evidence;
+mod extra;
 mod heads;
 mod interfaces;
 mod link;
@@ -40,11 +41,13 @@ mod queue;
 mod roster;
 mod routes;
 mod sampling;
+mod search;
 mod socket;
 pub mod stream;
 mod stun_server;
 mod surroundings;
 mod tls;
+mod udp;
 mod uplink;
 mod views;
 mod wake;
@@ -203,6 +206,8 @@ pub struct PathConfig {
     pub port_mapping: bool,
     /// STUN servers to ask besides the relay.
     pub stun: Vec<StunServer>,
+    /// Whether paths through hard NATs are searched for: that takes some 2,000 packets in a few seconds.
+    pub hard_nat_search: bool,
 }
 
 /// A handle on one instance in one room; clones are the same instance. It leaves the room when the last one is dropped.

@@ -49,6 +49,9 @@ pub(super) struct HostFlags {
     /// STUN servers to ask besides the relay, separated by commas [env: PEER_STUN]
     #[arg(long, value_name = "HOST:PORT,…", value_delimiter = ',')]
     stun: Option<Vec<StunServer>>,
+    /// Never search for a path through a hard NAT, which takes some 2,000 packets [env: PEER_HARD_NAT_SEARCH=0]
+    #[arg(long)]
+    no_hard_nat_search: bool,
 }
 
 impl HostFlags {
@@ -60,6 +63,7 @@ impl HostFlags {
             no_exec: self.no_exec.then_some(true),
             port_mapping: self.no_port_mapping.then_some(false),
             stun: self.stun.clone(),
+            hard_nat_search: self.no_hard_nat_search.then_some(false),
             ..Layer::default()
         }
     }

@@ -45,13 +45,13 @@ fn without_a_word_nothing_but_this_machine_is_contacted_and_others_may_only_look
 #[test]
 fn stun_servers_are_asked_only_if_named_and_the_router_unless_that_is_switched_off() {
     let paths = |machine: &Machine| machine.resolve(&Layer::default()).unwrap().paths;
-    assert_eq!(paths(&Machine::new()), PathConfig { port_mapping: true, stun: Vec::new() });
+    assert_eq!(paths(&Machine::new()), PathConfig { port_mapping: true, stun: Vec::new(), hard_nat_search: true });
     let file = Machine::new().with_file("port-mapping = false\nstun = ['stun.example.net', '192.0.2.1:9']\n");
     let named: Vec<_> = ["stun.example.net:3478", "192.0.2.1:9"].map(|text| text.parse().unwrap()).into();
-    assert_eq!(paths(&file), PathConfig { port_mapping: false, stun: named });
+    assert_eq!(paths(&file), PathConfig { port_mapping: false, stun: named, hard_nat_search: true });
     let over = file.with(env::PORT_MAPPING, "1").with(env::STUN, "[2001:db8::1]:7, ");
     let other = vec!["[2001:db8::1]:7".parse().unwrap()];
-    assert_eq!(paths(&over), PathConfig { port_mapping: true, stun: other });
+    assert_eq!(paths(&over), PathConfig { port_mapping: true, stun: other, hard_nat_search: true });
     let broken = Machine::new().with(env::STUN, "stun.example.net:0").resolve(&Layer::default()).unwrap_err();
     assert!(broken.to_string().contains(env::STUN), "{broken}");
 }
@@ -127,6 +127,19 @@ fn two_tokens_of_one_source_are_refused_and_of_two_sources_the_weightier_wins() 
     assert_eq!(file.resolve(&flags).unwrap().token_text().unwrap().unwrap().expose(), "from-file");
     let both = file.with(env::TOKEN_FILE, path.to_str().unwrap());
     assert_eq!(both.resolve(&Layer::default()).unwrap_err().exit_code(), 2);
+}
+
+#[test]
+fn paths_through_hard_nats_are_searched_for_unless_somebody_says_no() {
+    let searches = |machine: &Machine, flags: &Layer| machine.resolve(flags).unwrap().paths.hard_nat_search;
+    assert!(searches(&Machine::new(), &Layer::default()));
+    let file = Machine::new().with_file("hard-nat-search = false\n");
+    assert!(!searches(&file, &Layer::default()));
+    let variable = file.with(env::HARD_NAT_SEARCH, "1");
+    assert!(searches(&variable, &Layer::default()));
+    assert!(!searches(&variable, &Layer { hard_nat_search: Some(false), ..Layer::default() }));
+    let unclear = Machine::new().with(env::HARD_NAT_SEARCH, "perhaps").resolve(&Layer::default()).unwrap_err();
+    assert!(unclear.what.contains(env::HARD_NAT_SEARCH), "{unclear:?}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use std::{
 
 use peerfleet_proto::{
     id::{InstanceId, PeerId, Slot},
-    path::{CheckKey, Role},
+    path::{CheckKey, Role, search::Shot},
     request::{
         Failure, FailureKind,
         link::{Candidate, LinkAnswer, LinkOffer, Nat, Route},
@@ -30,6 +30,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
     Caller, OpenFault,
+    extra::ExtraSockets,
     heads::LinkHandle,
     link::{CODE_DONE, CODE_UNUSED, LinkEvent, Links, LinksConfig, kick},
     routes::Remote,
@@ -345,11 +346,16 @@ impl Book {
         self.entries.get(&(instance, Route::Auto)).map(|entry| Arc::clone(&entry.remote))
     }
 
-    /// Sends one STUN packet.
-    pub(super) fn send_stun(&self, to: SocketAddr, packet: &[u8]) {
+    /// Sends one STUN packet from the socket named, else from the one that all links use.
+    pub(super) fn send_stun(&self, shot: &Shot) {
         if let Some(links) = &self.links {
-            links.send_stun(to, packet);
+            links.send_stun(shot.from, shot.to, &shot.bytes);
         }
+    }
+
+    /// The sockets beside the one that all links use, once there are links.
+    pub(super) fn extra_sockets(&mut self) -> Option<&mut ExtraSockets> {
+        self.links.as_mut().map(Links::extra)
     }
 
     /// Whether there is any link, or the rest of one.

@@ -19,6 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use peerfleet_proto::path::search::SocketId;
 use quinn::{
     AsyncTimer, AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, IdleTimeout, Incoming, Runtime,
     ServerConfig, TransportConfig, VarInt,
@@ -31,6 +32,7 @@ use tokio::{
 
 use super::{
     congestion::PathAwareFactory,
+    extra::ExtraSockets,
     mtu,
     routes::Remote,
     socket::{FromSocket, MappedSocket, Switch},
@@ -104,6 +106,7 @@ pub(super) enum LinkEvent {
 pub(super) struct Links {
     endpoint: Endpoint,
     socket: Arc<MappedSocket>,
+    extra: ExtraSockets,
     shared: Arc<Shared>,
     runtime: Handle,
     stop: Option<oneshot::Sender<()>>,
@@ -178,9 +181,17 @@ impl Links {
         self.socket.udp_port()
     }
 
-    /// Sends one STUN packet from the socket that links use.
-    pub(super) fn send_stun(&self, to: SocketAddr, packet: &[u8]) {
-        self.socket.send_stun(to, packet);
+    /// Sends one STUN packet from the socket that links use, or from an extra one.
+    pub(super) fn send_stun(&self, from: Option<SocketId>, to: SocketAddr, packet: &[u8]) {
+        match from {
+            Some(extra) => self.extra.send_stun(extra, to, packet),
+            None => self.socket.send_stun(to, packet),
+        }
+    }
+
+    /// The sockets beside the one that all links use.
+    pub(super) fn extra(&mut self) -> &mut ExtraSockets {
+        &mut self.extra
     }
 
     /// Dials the process that announced `key`.
@@ -303,7 +314,8 @@ fn open(
     stop: oneshot::Sender<()>,
     ended: oneshot::Receiver<()>,
 ) -> io::Result<Links> {
-    let socket = Arc::new(MappedSocket::open(config.switch, config.udp, config.notes));
+    let socket = Arc::new(MappedSocket::open(config.switch, config.udp, config.notes.clone()));
+    let extra = ExtraSockets::new(runtime.clone(), Arc::clone(&socket), config.notes);
     let mut endpoint_config = EndpointConfig::default();
     // STUN on the same socket is told from QUIC by the bit that greasing would blur.
     endpoint_config.grease_quic_bit(false);
@@ -317,7 +329,7 @@ fn open(
         Arc::new(OnThread(runtime.clone())),
     )?;
     let shared = Arc::new(Shared { tls: config.tls, gates: Mutex::default(), events: config.events });
-    Ok(Links { endpoint, socket, shared, runtime, stop: Some(stop), ended })
+    Ok(Links { endpoint, socket, extra, shared, runtime, stop: Some(stop), ended })
 }
 
 async fn serve(endpoint: &Endpoint, shared: &Arc<Shared>, mut stopped: oneshot::Receiver<()>) {

@@ -15,7 +15,11 @@ use std::{
 
 use peerfleet_proto::{
     limits::MAX_CANDIDATES,
-    path::{Agent, Agents, Config, Direct, Event, Hairpin, Handled, Reflexive, Transmit, nat64::Prefix},
+    path::{
+        Agent, Agents, Config, Direct, Event, Hairpin, Handled, Reflexive, Transmit,
+        nat64::Prefix,
+        search::{Shot, SocketId},
+    },
     request::link::{Candidate, CandidateKind, Nat},
 };
 use quinn::Connection;
@@ -26,6 +30,7 @@ use super::{
     interfaces::{Interface, host_candidates, interfaces, networks, source_towards},
     mtu,
     routes::{Remote, Routes},
+    search::{SearchEvent, Searches},
     socket::FromSocket,
     surroundings::Surroundings,
     wake::{Vigil, world_time},
@@ -53,6 +58,8 @@ pub(super) enum PathEvent {
     Elsewhere,
     /// Where we might be reached changed: the others should know.
     Moved(Whereabouts),
+    /// A search for a path wants sockets, or has enough of them.
+    Search(SearchEvent),
 }
 
 /// Where one side might be reached, and what it knows of the NAT in front of it.
@@ -81,6 +88,7 @@ pub(super) struct Paths {
     nat64: Option<Prefix>,
     nat: Nat,
     watching: Watching,
+    searches: Searches,
     look_at: Instant,
     vigil: Vigil,
     vigil_at: Instant,
@@ -105,6 +113,7 @@ struct Link {
 impl Paths {
     /// No socket yet, and no agents.
     pub(super) fn new(surroundings: Surroundings, now: Instant) -> Self {
+        let may_search = surroundings.config().hard_nat_search;
         Self {
             socket: None,
             surroundings,
@@ -119,6 +128,7 @@ impl Paths {
             named: Vec::new(),
             nat64: None,
             nat: Nat::default(),
+            searches: Searches::new(may_search, now),
             watching: Watching::Off,
             look_at: now,
             vigil: Vigil::new(now, world_time()),
@@ -142,7 +152,9 @@ impl Paths {
 
     /// Where we might be reached.
     pub(super) fn whereabouts(&self) -> Whereabouts {
-        Whereabouts { candidates: self.candidates(), nat: self.nat }
+        // Who does not search tells of no NAT, so that nobody searches for it in vain.
+        let nat = if self.searches.are_allowed() { self.nat } else { Nat::default() };
+        Whereabouts { candidates: self.candidates(), nat }
     }
 
     fn candidates(&self) -> Vec<Candidate> {
@@ -170,9 +182,12 @@ impl Paths {
             self.reflexive.set_active(true, now);
         }
         let Agreed { remote, check_key: key, role } = agreed;
+        let here = self.whereabouts();
+        self.searches.add(Arc::clone(&remote), (key.clone(), role), now);
+        self.searches.set_there(&remote, &here, &there, now);
         let mut agent = Agent::new(Config { key, role, seed: random::bytes() }, now);
         agent.set_networks(&networks(&self.interfaces));
-        agent.set_local(self.candidates(), now);
+        agent.set_local(here.candidates, now);
         agent.set_remote(self.reachable(&there.candidates), now);
         self.agents.insert(remote.mapped, agent, now);
         self.links.insert(remote.mapped, Link { remote, theirs: there.candidates, evidence: None });
@@ -189,6 +204,7 @@ impl Paths {
     pub(super) fn remove(&mut self, remote: &Remote, now: Instant) {
         self.agents.remove(&remote.mapped);
         self.links.remove(&remote.mapped);
+        self.searches.remove(remote);
         if self.agents.is_empty() {
             self.reflexive.set_active(false, now);
         }
@@ -196,6 +212,8 @@ impl Paths {
 
     /// The other side is to be reached elsewhere, or knows more of its NAT.
     pub(super) fn set_theirs(&mut self, remote: &Remote, there: Whereabouts, now: Instant) {
+        let here = self.whereabouts();
+        self.searches.set_there(remote, &here, &there, now);
         let reachable = self.reachable(&there.candidates);
         if let Some(link) = self.links.get_mut(&remote.mapped) {
             link.theirs = there.candidates;
@@ -206,7 +224,7 @@ impl Paths {
     /// The socket saw something.
     pub(super) fn handle_note(&mut self, note: FromSocket, routes: &Routes, now: Instant) {
         match note {
-            FromSocket::Stun { from, packet } => self.handle_stun(from, &packet, routes, now),
+            FromSocket::Stun { via, from, packet } => self.handle_stun(via, from, &packet, routes, now),
             FromSocket::Sent { mapped } => {
                 self.agents.tell(&mapped, now, |agent| agent.on_sent(now));
                 self.tell_findings(&mapped, now);
@@ -218,16 +236,17 @@ impl Paths {
     }
 
     /// Gives a packet to whoever it belongs to.
-    fn handle_stun(&mut self, from: SocketAddr, packet: &[u8], routes: &Routes, now: Instant) {
-        let ours = [self.reflexive.handle_packet(from, packet, now), self.hairpin.handle_packet(packet, now)];
-        if ours.iter().any(|handled| !matches!(handled, Handled::Ignored(_))) {
+    fn handle_stun(&mut self, via: Option<SocketId>, from: SocketAddr, packet: &[u8], routes: &Routes, now: Instant) {
+        let mut ours = || [self.reflexive.handle_packet(from, packet, now), self.hairpin.handle_packet(packet, now)];
+        if via.is_none() && ours().iter().any(|handled| !matches!(handled, Handled::Ignored(_))) {
             return;
         }
         if let (Some(mapped), Handled::Check | Handled::Answer) = self.agents.handle_packet(from, packet, now)
             && let Some(link) = self.links.get(&mapped)
         {
-            routes.prove_source(&link.remote, from);
+            return routes.prove_source(&link.remote, from);
         }
+        self.searches.handle_stun(via, from, packet, now);
     }
 
     /// Tells an agent what QUIC shows of its path.
@@ -256,6 +275,11 @@ impl Paths {
         }
     }
 
+    /// These sockets were opened for searches.
+    pub(super) fn sockets_opened(&mut self, sockets: &[SocketId], now: Instant) {
+        self.searches.opened(sockets, now);
+    }
+
     fn tell_whereabouts(&mut self, now: Instant) {
         let here = self.whereabouts();
         let networks = networks(&self.interfaces);
@@ -263,13 +287,19 @@ impl Paths {
             agent.set_networks(&networks);
             agent.set_local(here.candidates.clone(), now);
         });
+        self.searches.set_here(&here, now);
         self.events.push_back(PathEvent::Moved(here));
     }
 
     /// The next packet to send.
-    pub(super) fn poll_transmit(&mut self) -> Option<Transmit> {
-        let from_agents = || self.agents.poll_transmit();
-        self.reflexive.poll_transmit().or_else(|| self.hairpin.poll_transmit()).or_else(from_agents)
+    pub(super) fn poll_transmit(&mut self) -> Option<Shot> {
+        if let Some(Transmit { to, bytes }) = self.reflexive.poll_transmit().or_else(|| self.hairpin.poll_transmit()) {
+            return Some(Shot { from: None, to, bytes });
+        }
+        if let Some(Transmit { to, bytes }) = self.agents.poll_transmit() {
+            return Some(Shot { from: self.searches.sender(to), to, bytes });
+        }
+        self.searches.poll_transmit()
     }
 
     /// The next thing that happened.
@@ -281,6 +311,12 @@ impl Paths {
         if let Some(queued) = self.events.pop_front() {
             return Some(queued);
         }
+        if let Some(event) = self.searches.poll_event() {
+            if let SearchEvent::Keep { remote, addr, .. } = &event {
+                self.agents.tell(&remote.mapped, now, |agent| agent.try_address(*addr, now));
+            }
+            return Some(PathEvent::Search(event));
+        }
         let (mapped, Event::PathChanged(direct)) = self.agents.poll_event()?;
         self.tell_source(&mapped, now);
         if direct.is_none() && self.refreshed_at.is_none_or(|at| at + REFRESH_PAUSE <= now) {
@@ -290,6 +326,7 @@ impl Paths {
         }
         let link = self.links.get_mut(&mapped)?;
         link.evidence.iter_mut().for_each(|evidence| evidence.begin_anew(now));
+        self.searches.set_path(&link.remote, direct.map(|direct| direct.addr), now);
         Some(PathEvent::Changed { remote: Arc::clone(&link.remote), direct })
     }
 
@@ -299,8 +336,8 @@ impl Paths {
         if self.socket.is_none() {
             return watch;
         }
-        let agents = self.agents.poll_timeout();
-        [agents, watch, self.reflexive.poll_timeout(), self.hairpin.poll_timeout()].into_iter().flatten().min()
+        let asked = [self.reflexive.poll_timeout(), self.hairpin.poll_timeout()];
+        asked.into_iter().chain([self.agents.poll_timeout(), watch, self.searches.poll_timeout()]).flatten().min()
     }
 
     /// The time is now.
@@ -310,6 +347,7 @@ impl Paths {
         if self.reflexive.poll_timeout().is_some_and(|at| at <= now) {
             self.reflexive.handle_timeout(now);
         }
+        self.searches.handle_timeout(now);
         // An agent may be about to judge its path: first it hears what is known.
         for mapped in self.agents.due(now) {
             self.tell_findings(&mapped, now);

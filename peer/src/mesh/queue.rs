@@ -61,6 +61,14 @@ impl<T: Weigh> DropOldest<T> {
         }
     }
 
+    /// Wakes the reader though there is nothing: it should look elsewhere.
+    pub(super) fn wake(&self) {
+        let reader = self.lock().reader.take();
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
     /// Takes the first, if there is one now.
     pub(super) fn pop(&self) -> Option<T> {
         self.lock().pop()

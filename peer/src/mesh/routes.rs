@@ -20,7 +20,7 @@ use peerfleet_proto::{
 };
 use tokio::sync::watch;
 
-use super::mtu;
+use super::{mtu, udp::Udp};
 
 /// Proved source addresses kept per link, the oldest forgotten first: a host behind a NAT shows one per address family,
 /// and a new one each time its network changes.
@@ -71,6 +71,7 @@ pub(super) struct Remote {
     direct: watch::Sender<Option<SocketAddr>>,
     was_direct: AtomicBool,
     plausible_mtu: AtomicU16,
+    kept: RwLock<Option<(SocketAddr, Arc<Udp>)>>,
     direct_bytes: AtomicU64,
     relayed_bytes: AtomicU64,
     sent_note_ms: AtomicU64,
@@ -116,6 +117,17 @@ impl Remote {
     /// that the relay takes more than that path will.
     pub(super) fn may_relay(&self, packet: usize) -> bool {
         self.route == Route::RelayedOnly || packet <= mtu::USUAL.into() || self.was_direct.load(Ordering::Relaxed)
+    }
+
+    /// The socket by which packets to this address leave, if it is not the one of all links.
+    pub(super) fn kept(&self, to: SocketAddr) -> Option<Arc<Udp>> {
+        let kept = self.kept.read().unwrap_or_else(PoisonError::into_inner);
+        kept.as_ref().filter(|(addr, _)| *addr == to).map(|(_, udp)| Arc::clone(udp))
+    }
+
+    /// Packets to one address leave by a socket of its own from now on; the one before is closed.
+    pub(super) fn set_kept(&self, kept: Option<(SocketAddr, Arc<Udp>)>) {
+        *self.kept.write().unwrap_or_else(PoisonError::into_inner) = kept;
     }
 
     /// The relay's number for the other end, while it has one.
@@ -203,6 +215,7 @@ impl Routes {
             direct: watch::Sender::new(None),
             was_direct: AtomicBool::new(false),
             plausible_mtu: AtomicU16::new(mtu::USUAL),
+            kept: RwLock::new(None),
             direct_bytes: AtomicU64::new(0),
             relayed_bytes: AtomicU64::new(0),
             sent_note_ms: AtomicU64::new(0),

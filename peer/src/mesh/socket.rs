@@ -10,11 +10,11 @@ use std::{
     fmt,
     future::Future,
     io::{self, IoSliceMut},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, PoisonError, RwLock, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::Instant,
@@ -23,28 +23,26 @@ use std::{
 use bytes::Bytes;
 use peerfleet_proto::{
     id::Slot,
+    path::search::SocketId,
     request::link::Route,
     wire::relay::{self, Datagram},
 };
 use quinn::{
     AsyncUdpSocket, UdpPoller,
-    udp::{RecvMeta, Transmit, UdpSocketState},
+    udp::{RecvMeta, Transmit},
 };
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::{io::Interest, sync::mpsc};
+use tokio::sync::mpsc;
 
 use super::{
     Drops, mtu,
     queue::{DropOldest, Weigh},
     routes::{Remote, Routes, own_mapped_address, plain},
+    udp::Udp,
 };
 
 /// Batches of packets between QUIC and the uplink, each way, in bytes: 64 batches of ten packets. At 100 Mbit/s that is
 /// 80 ms of queue; what does not fit is dropped, oldest first, which QUIC takes for congestion.
 pub(super) const RELAY_QUEUE_BYTES: usize = 64 * 10 * 1472;
-
-/// Socket buffers asked of the kernel, in bytes: the default of 208 KiB overflows in 2 ms at 1 GB/s.
-const SOCKET_BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
 /// Packets of one batch where UDP does not limit it; QUIC makes no longer ones.
 const RELAYED_BATCH: usize = 10;
@@ -67,6 +65,8 @@ const LAST_STUN_BYTE: u8 = 3;
 pub(super) enum FromSocket {
     /// A STUN packet arrived.
     Stun {
+        /// At which of the extra sockets; `None` is the one of all links.
+        via: Option<SocketId>,
         /// From where.
         from: SocketAddr,
         /// The packet.
@@ -150,20 +150,13 @@ impl Switch {
 /// The socket that QUIC is given.
 pub(super) struct MappedSocket {
     switch: Arc<Switch>,
-    udp: Option<Udp>,
+    udp: Option<Arc<Udp>>,
+    /// Sockets of single links, which own them.
+    kept: RwLock<Vec<Weak<Udp>>>,
     notes: mpsc::Sender<FromSocket>,
     epoch: Instant,
-    relay_first: AtomicBool,
-}
-
-struct Udp {
-    socket: tokio::net::UdpSocket,
-    state: UdpSocketState,
-    is_ipv6: bool,
-    /// A send found the kernel's buffer full; cleared when it is writable again.
-    is_full: AtomicBool,
-    /// Receiving failed for good; from then on packets travel by way of the relay.
-    is_broken: AtomicBool,
+    /// Which source of packets is looked at first, in turn.
+    turn: AtomicUsize,
 }
 
 impl fmt::Debug for MappedSocket {
@@ -176,28 +169,36 @@ impl MappedSocket {
     /// Opens the UDP socket if wanted and possible. Called within the runtime that shall drive it.
     pub(super) fn open(switch: Arc<Switch>, udp: bool, notes: mpsc::Sender<FromSocket>) -> Self {
         let udp = udp.then(Udp::open).and_then(|opened| match opened {
-            Ok(udp) => Some(udp),
+            Ok(udp) => Some(Arc::new(udp)),
             Err(error) => {
                 tracing::warn!(%error, "no UDP socket: links travel by way of the relay only");
                 None
             }
         });
-        Self { switch, udp, notes, epoch: Instant::now(), relay_first: AtomicBool::new(false) }
+        Self { switch, udp, kept: RwLock::default(), notes, epoch: Instant::now(), turn: AtomicUsize::new(0) }
     }
 
     /// The port of the UDP socket, and whether it speaks IPv6 as well as IPv4; `None` without UDP.
     pub(super) fn udp_port(&self) -> Option<(u16, bool)> {
-        let udp = self.udp.as_ref()?;
-        Some((udp.socket.local_addr().ok()?.port(), udp.is_ipv6))
+        self.udp.as_ref()?.port()
     }
 
     /// Sends one STUN packet; lost when the kernel cannot take it, as any packet may be.
     pub(super) fn send_stun(&self, to: SocketAddr, packet: &[u8]) {
-        let Some(udp) = &self.udp else { return };
-        let transmit = Transmit { destination: to, ecn: None, contents: packet, segment_size: None, src_ip: None };
-        if udp.send(&transmit).is_err() {
-            tracing::trace!(%to, "the kernel took no STUN packet");
-        }
+        self.udp.iter().for_each(|udp| udp.send_stun(to, packet));
+    }
+
+    /// Reads packets from this socket too, as long as somebody has it.
+    pub(super) fn add_kept(&self, udp: Weak<Udp>) {
+        let mut kept = self.kept.write().unwrap_or_else(PoisonError::into_inner);
+        kept.retain(|udp| udp.strong_count() > 0);
+        kept.push(udp);
+        drop(kept);
+        self.switch.from_relay.wake();
+    }
+
+    fn kept(&self) -> Vec<Arc<Udp>> {
+        self.kept.read().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
     }
 
     fn now_ms(&self) -> u64 {
@@ -253,34 +254,45 @@ impl MappedSocket {
         Poll::Ready(filled)
     }
 
-    fn poll_udp(&self, cx: &mut Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<usize> {
-        let Some(udp) = &self.udp else { return Poll::Pending };
-        if udp.is_broken.load(Ordering::Relaxed) {
+    fn poll_kept(&self, cx: &mut Context<'_>, bufs: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> Poll<usize> {
+        let polled = self.kept().into_iter().map(|udp| self.poll_udp(Some(&udp), cx, bufs, meta)).find(Poll::is_ready);
+        polled.unwrap_or(Poll::Pending)
+    }
+
+    fn poll_udp(
+        &self,
+        udp: Option<&Arc<Udp>>,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<usize> {
+        let Some(udp) = udp else { return Poll::Pending };
+        if udp.is_broken() {
             return Poll::Pending;
         }
         match ready!(udp.poll_recv(cx, bufs, meta)) {
             Ok(count) => {
                 for (meta, buf) in meta.iter_mut().zip(bufs.iter()).take(count) {
-                    self.sort(meta, buf);
+                    self.sort(udp.id(), meta, buf);
                 }
                 Poll::Ready(count)
             }
             Err(error) => {
-                tracing::error!(%error, "the UDP socket failed: links travel by way of the relay from now on");
-                udp.is_broken.store(true, Ordering::Relaxed);
+                tracing::error!(%error, id = ?udp.id(), "a UDP socket failed: its links travel by way of the relay from now on");
+                udp.give_up();
                 Poll::Pending
             }
         }
     }
 
     /// Gives a received batch the mapped address of whose it is; one that is not for QUIC is emptied.
-    fn sort(&self, meta: &mut RecvMeta, buf: &[u8]) {
+    fn sort(&self, via: Option<SocketId>, meta: &mut RecvMeta, buf: &[u8]) {
         let from = plain(meta.addr);
         let packets = &buf[..meta.len];
         let mut quic = false;
         for packet in packets.chunks(meta.stride.max(1)) {
             if packet.first().is_some_and(|first| *first <= LAST_STUN_BYTE) {
-                self.note(FromSocket::Stun { from, packet: Bytes::copy_from_slice(packet) });
+                self.note(FromSocket::Stun { via, from, packet: Bytes::copy_from_slice(packet) });
             } else {
                 quic = true;
             }
@@ -314,7 +326,10 @@ impl AsyncUdpSocket for MappedSocket {
         };
         let direct = if remote.route == Route::RelayedOnly { None } else { remote.direct() };
         match (direct, &self.udp, remote.slot()) {
-            (Some(to), Some(udp), _) => self.send_direct(udp, &remote, to, transmit)?,
+            (Some(to), Some(udp), _) => {
+                let kept = remote.kept(to);
+                self.send_direct(kept.as_ref().unwrap_or(udp), &remote, to, transmit)?;
+            }
             (_, _, Some(to)) => self.send_relayed(&remote, to, transmit),
             (_, _, None) => self.switch.count_stray(),
         }
@@ -327,12 +342,18 @@ impl AsyncUdpSocket for MappedSocket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        let relay_first = self.relay_first.fetch_xor(true, Ordering::Relaxed);
-        let mut count = if relay_first { self.poll_relay(cx, bufs, meta) } else { self.poll_udp(cx, bufs, meta) };
-        if count.is_pending() {
-            count = if relay_first { self.poll_udp(cx, bufs, meta) } else { self.poll_relay(cx, bufs, meta) };
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        for at in 0..3 {
+            let count = match turn.wrapping_add(at) % 3 {
+                0 => self.poll_relay(cx, bufs, meta),
+                1 => self.poll_udp(self.udp.as_ref(), cx, bufs, meta),
+                _ => self.poll_kept(cx, bufs, meta),
+            };
+            if count.is_ready() {
+                return count.map(Ok);
+            }
         }
-        count.map(Ok)
+        Poll::Pending
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -340,7 +361,7 @@ impl AsyncUdpSocket for MappedSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.udp.as_ref().map_or(RELAYED_BATCH, |udp| udp.state.max_gso_segments())
+        self.udp.as_ref().map_or(RELAYED_BATCH, |udp| udp.state().max_gso_segments())
     }
 
     fn max_receive_segments(&self) -> usize {
@@ -348,92 +369,8 @@ impl AsyncUdpSocket for MappedSocket {
     }
 
     fn may_fragment(&self) -> bool {
-        self.udp.as_ref().is_some_and(|udp| udp.state.may_fragment())
+        self.udp.as_ref().is_some_and(|udp| udp.state().may_fragment())
     }
-}
-
-impl Udp {
-    fn open() -> io::Result<Self> {
-        let (socket, is_ipv6) = match Self::bind(Domain::IPV6) {
-            Ok(socket) => (socket, true),
-            Err(error) => {
-                tracing::debug!(%error, "no dual-stack UDP socket: IPv4 only");
-                (Self::bind(Domain::IPV4)?, false)
-            }
-        };
-        let state = UdpSocketState::new((&socket).into())?;
-        let socket = tokio::net::UdpSocket::from_std(socket.into())?;
-        Ok(Self { socket, state, is_ipv6, is_full: AtomicBool::new(false), is_broken: AtomicBool::new(false) })
-    }
-
-    fn bind(domain: Domain) -> io::Result<Socket> {
-        let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
-        let any: SocketAddr = if domain == Domain::IPV6 {
-            socket.set_only_v6(false)?;
-            (Ipv6Addr::UNSPECIFIED, 0).into()
-        } else {
-            (Ipv4Addr::UNSPECIFIED, 0).into()
-        };
-        socket.bind(&any.into())?;
-        socket.set_nonblocking(true)?;
-        for (which, result) in [
-            ("receive", socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)),
-            ("send", socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)),
-        ] {
-            if let Err(error) = result {
-                tracing::debug!(%error, which, "the kernel grants no larger socket buffer");
-            }
-        }
-        Ok(socket)
-    }
-
-    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let destination = self.reachable(transmit.destination);
-        let sent = self.socket.try_io(Interest::WRITABLE, || {
-            self.state.send((&self.socket).into(), &Transmit { destination, ..transmit.clone() })
-        });
-        if matches!(&sent, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
-            self.is_full.store(true, Ordering::Relaxed);
-        }
-        sent
-    }
-
-    /// The address as this socket's family writes it.
-    fn reachable(&self, address: SocketAddr) -> SocketAddr {
-        match address {
-            SocketAddr::V4(v4) if self.is_ipv6 => SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()),
-            SocketAddr::V4(_) | SocketAddr::V6(_) => address,
-        }
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        bufs: &mut [IoSliceMut<'_>],
-        meta: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(self.socket.poll_recv_ready(cx))?;
-            let received =
-                self.socket.try_io(Interest::READABLE, || self.state.recv((&self.socket).into(), bufs, meta));
-            match received {
-                Ok(count) => return Poll::Ready(Ok(count)),
-                // Nothing there after all, or an ICMP error about an earlier send, which says nothing for certain.
-                Err(error) if is_passing(&error) => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
-    }
-}
-
-fn is_passing(error: &io::Error) -> bool {
-    use io::ErrorKind::{
-        ConnectionRefused, ConnectionReset, HostUnreachable, Interrupted, NetworkUnreachable, WouldBlock,
-    };
-    matches!(
-        error.kind(),
-        WouldBlock | Interrupted | ConnectionReset | ConnectionRefused | HostUnreachable | NetworkUnreachable
-    )
 }
 
 type Wait = Pin<Box<dyn Future<Output = io::Result<()>> + Send + Sync>>;
@@ -453,23 +390,16 @@ impl fmt::Debug for Writable {
 impl UdpPoller for Writable {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        let Some(udp) = &this.socket.udp else { return Poll::Ready(Ok(())) };
         if this.waiting.is_none() {
-            if !udp.is_full.load(Ordering::Relaxed) {
+            let sockets = this.socket.udp.iter().cloned().chain(this.socket.kept());
+            let Some(full) = sockets.into_iter().find(|udp| udp.is_full()) else {
                 return Poll::Ready(Ok(()));
-            }
-            let socket = Arc::clone(&this.socket);
-            this.waiting = Some(Box::pin(async move {
-                match &socket.udp {
-                    Some(udp) => udp.socket.writable().await,
-                    None => Ok(()),
-                }
-            }));
+            };
+            this.waiting = Some(Box::pin(async move { full.writable().await }));
         }
         let Some(waiting) = &mut this.waiting else { return Poll::Ready(Ok(())) };
         let result = ready!(waiting.as_mut().poll(cx));
         this.waiting = None;
-        udp.is_full.store(false, Ordering::Relaxed);
         Poll::Ready(result)
     }
 }

@@ -99,6 +99,11 @@ impl Surroundings {
         is_current.then_some(told.fact)
     }
 
+    /// What may be done to find direct paths.
+    pub(super) fn config(&self) -> &PathConfig {
+        &self.config
+    }
+
     /// Finds out by which prefix a host without IPv4 reaches the IPv4 internet (RFC 7050).
     pub(super) fn find_nat64(&mut self) {
         self.nat64 = JoinSet::new();

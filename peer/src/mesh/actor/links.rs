@@ -19,6 +19,7 @@ use crate::mesh::{
     link::LinkEvent,
     path::{PathEvent, Whereabouts},
     routes::Remote,
+    search::SearchEvent,
 };
 
 impl Actor {
@@ -122,10 +123,32 @@ impl Actor {
                 PathEvent::Changed { remote, direct } => self.path_changed(&remote, direct),
                 PathEvent::Elsewhere => self.moved(now),
                 PathEvent::Moved(here) => self.tell_whereabouts(&here, now),
+                PathEvent::Search(event) => self.search_event(event, now),
             }
         }
-        while let Some(transmit) = self.paths.poll_transmit() {
-            self.book.send_stun(transmit.to, &transmit.bytes);
+        while let Some(shot) = self.paths.poll_transmit() {
+            self.book.send_stun(&shot);
+        }
+    }
+
+    /// Opens, keeps and closes sockets as searches want it.
+    fn search_event(&mut self, event: SearchEvent, now: Instant) {
+        let sockets = self.book.extra_sockets();
+        match event {
+            SearchEvent::Open(count) => {
+                let opened = sockets.map(|sockets| sockets.open(count)).unwrap_or_default();
+                self.paths.sockets_opened(&opened, now);
+            }
+            SearchEvent::Keep { socket, remote, addr } => {
+                if let Some(sockets) = sockets {
+                    sockets.keep(socket, &remote, addr);
+                }
+            }
+            SearchEvent::Close => {
+                if let Some(sockets) = sockets {
+                    sockets.close();
+                }
+            }
         }
     }
 

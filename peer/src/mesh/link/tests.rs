@@ -267,12 +267,92 @@ async fn packets_from_an_unproved_source_reach_no_link() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_socket_that_a_search_found_carries_its_link_both_ways() {
+    const BYTES: usize = 8 * 1024 * 1024;
+    let mut pair = Pair::start().await;
+    let there = pair.server.address();
+    let opened = pair.client.links.extra().open(3);
+    assert_eq!(opened.len(), 3);
+    pair.client.links.extra().keep(opened[1], &pair.client.remote, there);
+    let kept = pair.client.remote.kept(there).unwrap();
+    let here = SocketAddr::from(([127, 0, 0, 1], kept.port().unwrap().0));
+    assert_ne!(here, pair.client.address());
+    pair.server.switch.routes.prove_source(&pair.server.remote, here);
+    pair.server.remote.set_direct(Some(here));
+    pair.client.switch.routes.prove_source(&pair.client.remote, there);
+    pair.client.remote.set_direct(Some(there));
+    pair.relay.store(false, Ordering::Relaxed);
+    let (client, server) = pair.connect().await;
+    let receiving = tokio::spawn(async move {
+        let (mut send, mut recv) = server.accept_bi().await.unwrap();
+        let got = recv.read_to_end(BYTES).await.unwrap();
+        send.write_all(&got).await.unwrap();
+        send.finish().unwrap();
+        send.stopped().await.unwrap();
+    });
+    let content = pattern(0, BYTES);
+    let (mut send, mut recv) = client.open_bi().await.unwrap();
+    let sending = tokio::spawn({
+        let content = content.clone();
+        async move {
+            send.write_chunk(content).await.unwrap();
+            send.finish().unwrap();
+        }
+    });
+    let back = timeout(DEADLINE, recv.read_to_end(BYTES)).await.unwrap().unwrap();
+    assert!(content == back);
+    sending.await.unwrap();
+    receiving.await.unwrap();
+    assert_eq!(pair.client.remote.bytes().1, 0, "nothing went by way of the relay");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_socket_is_closed_when_its_link_lets_it_go_and_the_others_with_the_search() {
+    let mut pair = Pair::start().await;
+    let there = pair.server.address();
+    let extra = pair.client.links.extra();
+    let opened = extra.open(4);
+    assert_eq!(extra.open(2).len(), 2, "those that are there suffice");
+    extra.keep(opened[0], &pair.client.remote, there);
+    extra.close();
+    let kept = Arc::downgrade(&pair.client.remote.kept(there).unwrap());
+    pair.client.links.send_stun(Some(opened[1]), there, &[0, 1, 0, 0]);
+    pair.client.links.send_stun(Some(opened[0]), there, &[0, 1, 0, 0]);
+    let FromSocket::Stun { via: None, from, .. } = timeout(DEADLINE, pair.server.notes.recv()).await.unwrap().unwrap()
+    else {
+        panic!("another note")
+    };
+    assert_eq!(from.port(), kept.upgrade().unwrap().port().unwrap().0, "a closed socket sends nothing");
+    pair.client.remote.set_kept(None);
+    timeout(DEADLINE, async {
+        while kept.strong_count() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_that_comes_to_an_extra_socket_says_to_which() {
+    let mut pair = Pair::start().await;
+    let opened = pair.client.links.extra().open(2);
+    pair.client.links.send_stun(Some(opened[1]), pair.server.address(), &[0, 1, 0, 0]);
+    let note = timeout(DEADLINE, pair.server.notes.recv()).await.unwrap().unwrap();
+    let FromSocket::Stun { from, .. } = note else { panic!("another note: {note:?}") };
+    pair.server.links.send_stun(None, from, &[1, 1, 0, 0]);
+    let note = timeout(DEADLINE, pair.client.notes.recv()).await.unwrap().unwrap();
+    let FromSocket::Stun { via, from, .. } = note else { panic!("another note: {note:?}") };
+    assert_eq!((via, from), (Some(opened[1]), pair.server.address()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stun_packet_goes_to_the_path_machine() {
     let mut pair = Pair::start().await;
     let other = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
     other.send_to(&[0x00, 0x01, 0x00, 0x00], pair.server.address()).await.unwrap();
     let note = timeout(DEADLINE, pair.server.notes.recv()).await.unwrap().unwrap();
-    let FromSocket::Stun { from, packet } = note else { panic!("another note: {note:?}") };
+    let FromSocket::Stun { via: None, from, packet } = note else { panic!("another note: {note:?}") };
     assert_eq!(from, other.local_addr().unwrap());
     assert_eq!(packet.as_ref(), [0x00, 0x01, 0x00, 0x00]);
 }

@@ -238,6 +238,7 @@ impl Paths {
         self.explore();
         self.untold = true;
         self.agents.tell_all(now, |_, agent| agent.restart(now));
+        self.searches.restart(now);
         self.tell_sources(now);
     }
 

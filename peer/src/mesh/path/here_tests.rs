@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use peerfleet_proto::{
     id::InstanceId,
-    path::{CheckKey, Role, Transmit},
+    path::{CheckKey, Role, search::Shot},
     request::link::Route,
     stun::{Class, Draft, Message},
 };
@@ -36,10 +36,10 @@ fn paths(now: Instant) -> (Paths, tokio::sync::mpsc::Receiver<Told>) {
     (paths, facts)
 }
 
-fn seen_as(request: &Transmit, seen: &str) -> FromSocket {
+fn seen_as(request: &Shot, seen: &str) -> FromSocket {
     let transaction = Message::parse(&request.bytes).unwrap().transaction();
     let packet = Draft::new(Class::Success, transaction).mapped_address(seen.parse().unwrap()).finish();
-    FromSocket::Stun { from: request.to, packet: packet.into() }
+    FromSocket::Stun { via: None, from: request.to, packet: packet.into() }
 }
 
 /// Answers what the responders are asked, by the port that is asked.
@@ -90,7 +90,7 @@ async fn our_own_request_that_a_nat_sends_back_tells_of_a_hairpin() {
     paths.handle_note(seen_as(&request, "198.51.100.7:4000"), &Routes::default(), now);
     while paths.poll_event(now).is_some() {}
     let to_ourselves = std::iter::from_fn(|| paths.poll_transmit()).find(|sent| sent.to.port() == 4000).unwrap();
-    let back = FromSocket::Stun { from: to_ourselves.to, packet: to_ourselves.bytes.into() };
+    let back = FromSocket::Stun { via: None, from: to_ourselves.to, packet: to_ourselves.bytes.into() };
     paths.handle_note(back, &Routes::default(), now);
     assert_eq!(paths.hairpin.outcome(), Some(true));
 }
@@ -154,6 +154,21 @@ mod in_a_namespace {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "the inner run found the test");
         false
+    }
+
+    #[test]
+    fn the_others_are_told_of_the_nat_unless_searches_are_not_wanted() {
+        let nat = Nat { mapping: Mapping::Dependent, ports: Ports::Random };
+        for (hard_nat_search, told) in [(true, nat), (false, Nat::default())] {
+            let now = Instant::now();
+            let (surroundings, _facts) = Surroundings::new(PathConfig { hard_nat_search, ..PathConfig::default() });
+            let mut paths = Paths::new(surroundings, now);
+            paths.set_nat(nat);
+            let Some(PathEvent::Moved(here)) = paths.poll_event(now) else { panic!("nobody is told") };
+            assert_eq!((here.nat, paths.whereabouts().nat), (told, told));
+            paths.set_nat(nat);
+            assert!(paths.poll_event(now).is_none(), "the same again is no news");
+        }
     }
 
     #[test]
