@@ -29,7 +29,7 @@ test:
 fuzz seconds="60":
     .ci/fuzz {{seconds}}
 
-# Real NATs in network namespaces: needs root and nftables.
+# Real NATs in network namespaces: needs root, and what `.ci/run` installs.
 nat:
     cargo test --package peerfleet-peer --test nat
 

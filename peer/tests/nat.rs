@@ -1,11 +1,13 @@
 //! Hosts behind real NATs of the kernel find the direct paths that there are, and reach each other where there is none.
 //!
-//! Needs root, `ip`, `tc` and `nft`; says loudly where it is skipped, and fails instead if `PEERFLEET_REQUIRE_ALL` is set.
+//! The programs are the real ones: a relay and two peers, each on a machine of its own as far as they can tell. Needs root,
+//! `nft` and `tc`; says loudly where it is skipped, and fails instead if `PEERFLEET_REQUIRE_ALL` is set.
 
 #![cfg(target_os = "linux")]
 #![expect(clippy::print_stderr, reason = "who reads a failed or skipped run has nothing else")]
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     time::Duration,
@@ -16,7 +18,7 @@ mod lab;
 #[path = "nat/program.rs"]
 mod program;
 
-use lab::{Lab, Nat, Site};
+use lab::{Kind, Lab, Site};
 use program::{Peer, Sent};
 
 /// Time for a small file to arrive by a direct path, from the command to its end: punching takes a tenth of it.
@@ -25,74 +27,107 @@ const DIRECT_WITHIN: Duration = Duration::from_secs(10);
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
-#[test]
-fn two_open_hosts_become_direct() {
-    become_direct(Nat::Open, Nat::Open);
+/// One test for each pair of sites: what is written down here is what must be, in both directions. A pair that is to be
+/// relayed has the reason beside it; one that can be direct and is not is a bug, never a line here.
+macro_rules! pairs {
+    (
+        direct { $($direct:ident: $a:ident, $b:ident;)* }
+        relayed { $($relayed:ident: $c:ident, $d:ident, $why:literal;)* }
+    ) => {
+        mod a_direct_path_is_found_between {
+            $(#[test] fn $direct() { super::become_direct(super::Kind::$a, super::Kind::$b); })*
+        }
+
+        mod the_relay_carries_between {
+            $(#[test] fn $relayed() { super::stay_relayed(super::Kind::$c, super::Kind::$d, $why); })*
+        }
+
+        const PAIRS: &[[Kind; 2]] = &[$([Kind::$a, Kind::$b],)* $([Kind::$c, Kind::$d],)*];
+    };
+}
+
+pairs! {
+    direct {
+        two_public_hosts: Public, Public;
+        a_public_host_and_a_full_cone: Public, FullCone;
+        a_public_host_and_an_address_restricted_nat: Public, AddressRestricted;
+        a_public_host_and_a_port_restricted_nat: Public, PortRestricted;
+        a_public_host_and_a_symmetric_nat: Public, Symmetric;
+        a_public_host_and_a_double_nat: Public, DoubleNat;
+        a_public_host_and_one_with_ipv6_alone: Public, V6Only;
+        two_full_cones: FullCone, FullCone;
+        a_full_cone_and_an_address_restricted_nat: FullCone, AddressRestricted;
+        a_full_cone_and_a_port_restricted_nat: FullCone, PortRestricted;
+        a_full_cone_and_a_symmetric_nat: FullCone, Symmetric;
+        a_full_cone_and_a_double_nat: FullCone, DoubleNat;
+        two_address_restricted_nats: AddressRestricted, AddressRestricted;
+        an_address_restricted_and_a_port_restricted_nat: AddressRestricted, PortRestricted;
+        an_address_restricted_and_a_symmetric_nat: AddressRestricted, Symmetric;
+        an_address_restricted_and_a_double_nat: AddressRestricted, DoubleNat;
+        two_port_restricted_nats: PortRestricted, PortRestricted;
+        a_port_restricted_and_a_double_nat: PortRestricted, DoubleNat;
+        two_double_nats: DoubleNat, DoubleNat;
+        two_firewalled_hosts_with_ipv6_alone: V6Only, V6Only;
+    }
+    relayed {
+        a_port_restricted_and_a_symmetric_nat: PortRestricted, Symmetric,
+            "the one lets in nobody but whom its host has sent to, and where the other will send from, nobody knows";
+        a_double_and_a_symmetric_nat: DoubleNat, Symmetric,
+            "the one lets in nobody but whom its host has sent to, and where the other will send from, nobody knows";
+        two_symmetric_nats: Symmetric, Symmetric,
+            "where either will send from, nobody knows";
+        a_public_host_and_one_without_udp: Public, WithoutUdp, "no UDP passes";
+        a_full_cone_and_a_host_without_udp: FullCone, WithoutUdp, "no UDP passes";
+        an_address_restricted_nat_and_a_host_without_udp: AddressRestricted, WithoutUdp, "no UDP passes";
+        a_port_restricted_nat_and_a_host_without_udp: PortRestricted, WithoutUdp, "no UDP passes";
+        a_symmetric_nat_and_a_host_without_udp: Symmetric, WithoutUdp, "no UDP passes";
+        a_double_nat_and_a_host_without_udp: DoubleNat, WithoutUdp, "no UDP passes";
+        two_hosts_without_udp: WithoutUdp, WithoutUdp, "no UDP passes";
+        a_host_with_ipv6_alone_and_one_without_udp: V6Only, WithoutUdp, "no UDP passes";
+        a_full_cone_and_a_host_with_ipv6_alone: FullCone, V6Only, "they have no family of addresses in common";
+        an_address_restricted_nat_and_a_host_with_ipv6_alone: AddressRestricted, V6Only,
+            "they have no family of addresses in common";
+        a_port_restricted_nat_and_a_host_with_ipv6_alone: PortRestricted, V6Only,
+            "they have no family of addresses in common";
+        a_symmetric_nat_and_a_host_with_ipv6_alone: Symmetric, V6Only, "they have no family of addresses in common";
+        a_double_nat_and_a_host_with_ipv6_alone: DoubleNat, V6Only, "they have no family of addresses in common";
+    }
 }
 
 #[test]
-fn an_open_host_and_one_behind_an_easy_nat_become_direct() {
-    become_direct(Nat::Open, Nat::Easy);
+fn every_pair_of_sites_is_in_the_table_once() {
+    let sorted = |[a, b]: [Kind; 2]| if a <= b { [a, b] } else { [b, a] };
+    let written: BTreeSet<_> = PAIRS.iter().copied().map(sorted).collect();
+    let all: BTreeSet<_> = Kind::ALL.into_iter().flat_map(|a| Kind::ALL.map(|b| sorted([a, b]))).collect();
+    assert_eq!(written, all);
+    assert_eq!(PAIRS.len(), all.len());
 }
 
 #[test]
-fn an_open_host_and_one_behind_a_hard_nat_become_direct() {
-    become_direct(Nat::Open, Nat::Hard);
-}
-
-#[test]
-fn two_hosts_behind_easy_nats_become_direct() {
-    become_direct(Nat::Easy, Nat::Easy);
-}
-
-#[test]
-fn two_firewalled_hosts_that_have_ipv6_alone_become_direct() {
-    become_direct(Nat::FirewalledV6, Nat::FirewalledV6);
-}
-
-/// Hopeless without guessing ports: the easy NAT lets in nobody but whom its host has sent to, and where the hard one will
-/// send from, nobody knows.
-#[test]
-fn behind_an_easy_and_a_hard_nat_files_go_relayed() {
-    stay_relayed(Nat::Easy, Nat::Hard);
-}
-
-/// Hopeless: neither side knows where the other will send from.
-#[test]
-fn behind_two_hard_nats_files_go_relayed() {
-    stay_relayed(Nat::Hard, Nat::Hard);
-}
-
-#[test]
-fn where_no_udp_passes_files_go_relayed() {
-    stay_relayed(Nat::WithoutUdp, Nat::Open);
-}
-
-#[test]
-fn two_hosts_behind_one_hard_nat_reach_each_other_within_their_network() {
-    let Some(mut lab) = Lab::new() else { return };
-    let site = lab.site(Nat::Hard);
-    let (one, other) = (lab.host(site, "one"), lab.host(site, "other"));
+fn two_hosts_behind_one_symmetric_nat_reach_each_other_within_their_network() {
+    let Some(lab) = Lab::new() else { return };
+    let site = lab.site(Kind::Symmetric);
+    let (one, other) = (lab.host(&site, "one"), lab.host(&site, "other"));
     exchange_directly("within one network", &one, &other);
 }
 
 #[test]
 fn a_direct_path_that_dies_beneath_a_file_is_replaced_by_the_relay_and_found_again() {
-    let Some(mut lab) = Lab::new() else { return };
-    let Pair { first: (site, one), second: (_, other) } = pair(&mut lab, Nat::Easy, Nat::Easy);
+    let Some(lab) = Lab::new() else { return };
+    let Pair { first: (site, one), second: (_, other) } = pair(&lab, Kind::PortRestricted, Kind::PortRestricted);
     one.sees(&other);
-    lab.slow_down(&one, 40);
+    one.slow_down(40);
     let file = file(one.home(), "large", 24 * MIB);
     let sending = one.send(&file, &other, "auto");
     let moving = |path: &'static str, bytes: u64| {
         move |event: &serde_json::Value| event["path"] == path && event["bytes"].as_u64() >= Some(bytes)
     };
     let cut = sending.until("some came directly", moving("direct", 4 << 20));
-    lab.cut_udp(site);
+    lab.cut_udp(&site);
     let relayed = sending.until("it goes by way of the relay", moving("relayed", 0));
     let before = relayed["bytes"].as_u64().expect("a number");
     let onward = sending.until("it goes on there", moving("relayed", before + 1));
-    lab.mend_udp(site);
+    lab.mend_udp(&site);
     let sent = sending.end();
     arrived(&sent, &file, &other);
     let seconds = |event: &serde_json::Value| event["seconds"].as_f64().expect("a number");
@@ -113,14 +148,15 @@ struct Pair {
     second: (Site, Peer),
 }
 
-fn pair(lab: &mut Lab, first: Nat, second: Nat) -> Pair {
+fn pair(lab: &Lab, first: Kind, second: Kind) -> Pair {
     let sites = (lab.site(first), lab.site(second));
-    Pair { first: (sites.0, lab.host(sites.0, "one")), second: (sites.1, lab.host(sites.1, "other")) }
+    let hosts = (lab.host(&sites.0, "one"), lab.host(&sites.1, "other"));
+    Pair { first: (sites.0, hosts.0), second: (sites.1, hosts.1) }
 }
 
-fn become_direct(first: Nat, second: Nat) {
-    let Some(mut lab) = Lab::new() else { return };
-    let Pair { first: (_, one), second: (_, other) } = pair(&mut lab, first, second);
+fn become_direct(first: Kind, second: Kind) {
+    let Some(lab) = Lab::new() else { return };
+    let Pair { first: (_, one), second: (_, other) } = pair(&lab, first, second);
     exchange_directly(&format!("{first:?} x {second:?}"), &one, &other);
 }
 
@@ -140,19 +176,21 @@ fn exchange_directly(what: &str, one: &Peer, other: &Peer) {
 }
 
 /// A file that goes where it can, and one that may only go directly and is refused.
-fn stay_relayed(first: Nat, second: Nat) {
-    let Some(mut lab) = Lab::new() else { return };
-    let Pair { first: (_, one), second: (_, other) } = pair(&mut lab, first, second);
+fn stay_relayed(first: Kind, second: Kind, why: &str) {
+    let Some(lab) = Lab::new() else { return };
+    let Pair { first: (_, one), second: (_, other) } = pair(&lab, first, second);
     one.sees(&other);
+    let direct = file(one.home(), "direct", 64 * KIB);
+    let refused = one.send(&direct, &other, "direct");
     let auto = file(one.home(), "auto", 2 * MIB);
     let sent = one.send(&auto, &other, "auto").end();
     arrived(&sent, &auto, &other);
     assert_eq!(sent.last["path"], "relayed", "{sent:?}");
-    let direct = file(one.home(), "direct", 64 * KIB);
-    let sent = one.send(&direct, &other, "direct").end();
-    assert_eq!((sent.code, &sent.last["event"]), (Some(3), &"failed".into()), "{sent:?}");
-    assert!(sent.stderr.contains("no direct path"), "{sent:?}");
+    let refused = refused.end();
+    assert_eq!((refused.code, &refused.last["event"]), (Some(3), &"failed".into()), "{refused:?}");
+    assert!(refused.stderr.contains("no direct path"), "{refused:?}");
     assert!(!other.home().join("direct").exists());
+    eprintln!("{first:?} x {second:?}: relayed, for {why}");
 }
 
 /// A file of that many bytes which no compression shortens.

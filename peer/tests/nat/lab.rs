@@ -1,228 +1,212 @@
-//! A small internet in network namespaces: a public segment with a relay on it, sites behind NAT routers, hosts.
+//! A small internet in network namespaces: a relay in a data centre, sites behind routers of every kind, hosts.
 //!
-//! In: which sites and hosts there are, which traffic is cut. Out: namespaces to run programs in. All addresses are of
-//! the documentation and private ranges and exist inside the namespaces only. Nothing touches the host's own network.
-//! Whatever was made is removed on drop, also while a test panics; names hold the process id, so labs never collide.
+//! In: which sites and hosts there are, and what befalls them. Out: places to run programs in. Namespaces, cables and
+//! NATs are patchbay's; the programs are real ones. All addresses exist inside the namespaces only, and nothing touches
+//! the host's own network. Homes number their hosts alike, as real ones do: an address of the other's network is also
+//! one of ours. Whatever was made ends with the [`Lab`], also while a test panics.
 
 use std::{
-    cell::RefCell,
-    fmt::Write as _,
-    fs,
+    cell::{Cell, RefCell},
+    future::Future,
     io::Write as _,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::PathBuf,
+    process::{Command, Stdio},
 };
 
-use super::program::{Peer, relay, wait_until};
+use patchbay::{Device, Firewall, IpSupport, Nat, NatConfig, NatFiltering, Router};
 
-/// Where the relay is reached.
-pub(super) const RELAY_V4: &str = "203.0.113.1:8080";
-/// Where those without IPv4 reach it.
-pub(super) const RELAY_V6: &str = "[2001:db8::1]:8080";
+use super::program::{Peer, Relay, show_tail, wait_until};
+
+/// The relay's port, on each of its addresses.
+const RELAY_PORT: u16 = 8080;
 
 /// Set where a machine that cannot run these tests is an error: in continuous integration.
 const REQUIRE_ALL: &str = "PEERFLEET_REQUIRE_ALL";
 
-/// What stands between a site and the public segment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Nat {
-    /// Nothing: hosts have public addresses.
-    Open,
-    /// One public port per host's port, whoever it sends to; lets in only whom the host has sent to.
-    Easy,
-    /// Another public port for each whom the host sends to.
-    Hard,
-    /// As the easy one, but no UDP passes.
+/// The network of every home.
+const HOME: &str = "192.168.1.0/24";
+
+/// The network between a carrier's NAT and its customers' (RFC 6598).
+const CARRIER: &str = "100.64.0.0/24";
+
+/// What stands between a site and everybody else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Kind {
+    /// Nothing: hosts have public addresses, of both families.
+    Public,
+    /// One public port per host's port, and anybody may send to it.
+    FullCone,
+    /// One public port per host's port; lets in addresses that the host has sent to.
+    AddressRestricted,
+    /// One public port per host's port; lets in addresses and ports that the host has sent to.
+    PortRestricted,
+    /// Another public port, by chance, for each address and port that the host sends to; lets in those alone.
+    Symmetric,
+    /// A port-restricted NAT behind another of a carrier.
+    DoubleNat,
+    /// A port-restricted NAT that lets no UDP out.
     WithoutUdp,
-    /// IPv6 alone, without translation; lets in only whom the host has sent to.
-    FirewalledV6,
+    /// IPv6 alone, without translation; lets in addresses and ports that the host has sent to.
+    V6Only,
 }
 
-/// A network of hosts, by its number in the lab.
-#[derive(Debug, Clone, Copy)]
+impl Kind {
+    /// All of them.
+    pub(super) const ALL: [Self; 8] = [
+        Self::Public,
+        Self::FullCone,
+        Self::AddressRestricted,
+        Self::PortRestricted,
+        Self::Symmetric,
+        Self::DoubleNat,
+        Self::WithoutUdp,
+        Self::V6Only,
+    ];
+
+    fn nat(self) -> Option<NatConfig> {
+        match self {
+            Self::Public | Self::V6Only => None,
+            Self::FullCone => Nat::Open.to_config(),
+            Self::AddressRestricted => {
+                Some(NatConfig::builder().filtering(NatFiltering::AddressDependent).build().expect("it is possible"))
+            }
+            Self::PortRestricted | Self::DoubleNat | Self::WithoutUdp => Nat::Moderate.to_config(),
+            Self::Symmetric => Nat::Strict.to_config(),
+        }
+    }
+}
+
+/// A network of hosts.
+#[derive(Clone)]
 pub(super) struct Site {
-    number: usize,
-    nat: Nat,
+    kind: Kind,
+    /// What hosts are plugged into.
+    router: Router,
 }
 
 /// The lab.
 pub(super) struct Lab {
-    prefix: String,
-    token: String,
+    // In the order in which they must end.
+    relay: RefCell<Option<Relay>>,
+    server: Device,
+    net: patchbay::Lab,
+    runtime: tokio::runtime::Runtime,
     scratch: tempfile::TempDir,
-    spaces: RefCell<Vec<String>>,
-    relay: Option<Child>,
-    sites: Vec<Site>,
-    hosts: RefCell<usize>,
+    token: String,
+    sites: Cell<usize>,
 }
 
 impl Lab {
-    /// A public segment with a relay; `None`, and a loud word, where the machine does not let us.
+    /// A data centre with a relay; `None`, and a loud word, where the machine does not let us.
     pub(super) fn new() -> Option<Self> {
-        static LABS: AtomicU32 = AtomicU32::new(0);
         if let Err(why) = possible() {
             assert!(std::env::var_os(REQUIRE_ALL).is_none(), "{REQUIRE_ALL} is set, but: {why}");
             eprintln!("SKIPPED: no test of NAT traversal was run: {why}");
             return None;
         }
-        let mut lab = Self {
-            prefix: format!("pfnat-{}-{}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed)),
-            token: peer_token(),
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let (net, server) = runtime.block_on(async {
+            let net = patchbay::Lab::builder().allow_real_root().build().await.expect("a lab");
+            let centre = net.add_router("centre").ip_support(IpSupport::DualStack).build().await.expect("a router");
+            let server = net.add_device("relay").iface("eth0", centre.id()).build().await.expect("a server");
+            (net, server)
+        });
+        let lab = Self {
+            relay: RefCell::new(None),
+            server,
+            net,
+            runtime,
             scratch: tempfile::tempdir().expect("a temporary folder"),
-            spaces: RefCell::default(),
-            relay: None,
-            sites: Vec::new(),
-            hosts: RefCell::new(0),
+            token: peer_token(),
+            sites: Cell::new(0),
         };
-        let public = lab.space("public");
-        ip(
-            &public,
-            "link add public type bridge\nlink set public up\naddr add 203.0.113.1/24 dev public\naddr add 2001:db8::1/64 dev public nodad\n",
-        );
-        write_sysctl(&public, "ipv6/conf/all/forwarding");
-        lab.relay = Some(lab.run_relay(&public));
+        settle(&lab.server);
+        lab.start_relay();
         Some(lab)
     }
 
     /// One more site.
-    pub(super) fn site(&mut self, nat: Nat) -> Site {
-        let site = Site { number: self.sites.len() + 1, nat };
-        self.sites.push(site);
-        if nat != Nat::Open {
-            let router = self.space(&site.router());
-            self.plug_into_public(&router, &site.router(), "wan");
-            let n = site.number;
-            let mut setup = "link add lan type bridge\nlink set lan up\n".to_owned();
-            match nat {
-                Nat::FirewalledV6 => {
-                    let public = self.name("public");
-                    ip(&public, &format!("route add 2001:db8:{n}::/64 via 2001:db8::{n:x}1\n"));
-                    write_sysctl(&router, "ipv6/conf/all/forwarding");
-                    let _ = write!(
-                        setup,
-                        "addr add 2001:db8::{n:x}1/64 dev wan nodad\naddr add 2001:db8:{n}::1/64 dev lan nodad\n\
-                         route add default via 2001:db8::1\n"
-                    );
-                }
-                Nat::Open | Nat::Easy | Nat::Hard | Nat::WithoutUdp => {
-                    write_sysctl(&router, "ipv4/ip_forward");
-                    let _ = write!(setup, "addr add 203.0.113.{n}1/24 dev wan\naddr add 10.77.{n}.1/24 dev lan\n");
-                }
-            }
-            ip(&router, &setup);
-            nft(&router, &rules(nat));
+    pub(super) fn site(&self, kind: Kind) -> Site {
+        self.sites.set(self.sites.get() + 1);
+        let number = self.sites.get();
+        let carrier = (kind == Kind::DoubleNat).then(|| {
+            let network = CARRIER.parse().expect("a network");
+            let router = self.net.add_router(&format!("carrier{number}")).nat(Nat::Moderate).downstream_cidr(network);
+            let router = self.wait(router.build()).expect("a router");
+            drop_unsolicited(&router, "ix");
+            router
+        });
+        let wan = if carrier.is_some() { "wan" } else { "ix" };
+        let mut router = self.net.add_router(&format!("site{number}")).nat(kind.nat());
+        if let Some(carrier) = carrier {
+            router = router.upstream(carrier.id());
         }
-        site
+        router = match kind {
+            Kind::Public => router.ip_support(IpSupport::DualStack),
+            Kind::V6Only => router.ip_support(IpSupport::V6Only).firewall(Firewall::BlockInbound),
+            Kind::FullCone | Kind::AddressRestricted | Kind::PortRestricted | Kind::Symmetric | Kind::DoubleNat => {
+                router.downstream_cidr(HOME.parse().expect("a network"))
+            }
+            Kind::WithoutUdp => {
+                router.downstream_cidr(HOME.parse().expect("a network")).firewall_custom(|rules| rules.block_udp())
+            }
+        };
+        let router = self.wait(router.build()).expect("a router");
+        if kind != Kind::Public {
+            drop_unsolicited(&router, wan);
+        }
+        Site { kind, router }
     }
 
     /// A host at a site, with the peer running on it.
-    pub(super) fn host(&self, site: Site, name: &str) -> Peer {
-        let number = {
-            let mut hosts = self.hosts.borrow_mut();
-            *hosts += 1;
-            *hosts
-        };
-        let space = self.space(name);
-        let n = site.number;
-        let last = 100 + number;
-        let mut relay = RELAY_V4;
-        match site.nat {
-            Nat::Open => {
-                self.plug_into_public(&space, name, "eth0");
-                ip(&space, &format!("addr add 203.0.113.{last}/24 dev eth0\n"));
-            }
-            Nat::FirewalledV6 => {
-                self.plug(&space, name, &self.name(&site.router()), "lan", "eth0");
-                ip(
-                    &space,
-                    &format!(
-                        "addr add 2001:db8:{n}::{last}/64 dev eth0 nodad\nroute add default via 2001:db8:{n}::1\n"
-                    ),
-                );
-                relay = RELAY_V6;
-            }
-            Nat::Easy | Nat::Hard | Nat::WithoutUdp => {
-                self.plug(&space, name, &self.name(&site.router()), "lan", "eth0");
-                ip(&space, &format!("addr add 10.77.{n}.{last}/24 dev eth0\nroute add default via 10.77.{n}.1\n"));
-            }
-        }
-        Peer::start(&space, name, &self.scratch.path().join(name), relay, &self.token)
+    pub(super) fn host(&self, site: &Site, name: &str) -> Peer {
+        let device = self.net.add_device(name).iface("eth0", site.router.id());
+        let device = self.wait(device.build()).expect("a host");
+        settle(&device);
+        let relay = self.relay_as_seen_from(site.kind);
+        Peer::start(device, name, &self.scratch.path().join(name), relay, &self.token)
     }
 
-    /// Lets no UDP through this site's router any more.
-    pub(super) fn cut_udp(&self, site: Site) {
-        nft(&self.name(&site.router()), "add rule inet lab cut meta l4proto udp drop");
-    }
-
-    /// Undoes [`Lab::cut_udp`].
-    pub(super) fn mend_udp(&self, site: Site) {
-        nft(&self.name(&site.router()), "flush chain inet lab cut");
-    }
-
-    /// Lets this host send no faster than so many megabit per second.
-    pub(super) fn slow_down(&self, host: &Peer, megabit: u32) {
-        let rate = format!("{megabit}mbit");
-        run(
-            "tc",
-            &[
-                "-n",
-                host.space(),
-                "qdisc",
-                "add",
-                "dev",
-                "eth0",
-                "root",
-                "tbf",
-                "rate",
-                &rate,
-                "burst",
-                "64kb",
-                "latency",
-                "50ms",
-            ],
-            "",
+    /// Lets no UDP through this site's router any more, not that of flows that stand either.
+    pub(super) fn cut_udp(&self, site: &Site) {
+        nft(
+            &site.router,
+            "table inet cut { chain forward { type filter hook forward priority -10; meta l4proto udp drop\n}\n}",
         );
     }
 
-    fn run_relay(&self, space: &str) -> Child {
-        let program = relay();
-        let log = fs::File::create(self.log_of_relay()).expect("a log");
-        let mut command = in_space(space, &program);
-        command.args(["--bind", RELAY_V4, "--bind", RELAY_V6]).env_clear().stdin(Stdio::null());
-        let child = command.stdout(Stdio::null()).stderr(log).spawn().expect("the relay runs");
-        wait_until("the relay is well", || {
-            let mut health = in_space(space, &program);
-            let asked = health.args(["health", RELAY_V4]).stdout(Stdio::null()).stderr(Stdio::null());
-            asked.status().expect("it runs").success().then_some(())
-        });
-        child
+    /// Undoes [`Lab::cut_udp`].
+    pub(super) fn mend_udp(&self, site: &Site) {
+        nft(&site.router, "delete table inet cut");
+    }
+
+    /// Starts the relay's program, and waits until it answers.
+    pub(super) fn start_relay(&self) {
+        let addresses = [Kind::Public, Kind::V6Only].map(|kind| self.relay_as_seen_from(kind));
+        let relay = Relay::start(self.server.clone(), addresses, &self.log_of_relay());
+        *self.relay.borrow_mut() = Some(relay);
+    }
+
+    fn relay_as_seen_from(&self, kind: Kind) -> SocketAddr {
+        match kind {
+            Kind::V6Only => (self.server.ip6().expect("it has one"), RELAY_PORT).into(),
+            Kind::Public
+            | Kind::FullCone
+            | Kind::AddressRestricted
+            | Kind::PortRestricted
+            | Kind::Symmetric
+            | Kind::DoubleNat
+            | Kind::WithoutUdp => (self.server.ip().expect("it has one"), RELAY_PORT).into(),
+        }
     }
 
     fn log_of_relay(&self) -> PathBuf {
         self.scratch.path().join("relay.log")
     }
 
-    fn plug_into_public(&self, space: &str, label: &str, device: &str) {
-        self.plug(space, label, &self.name("public"), "public", device);
-    }
-
-    /// A cable from `device` in `space` to the bridge of another namespace.
-    fn plug(&self, space: &str, label: &str, far: &str, bridge: &str, device: &str) {
-        ip(space, &format!("link add {device} type veth peer name to-{label} netns {far}\nlink set {device} up\n"));
-        ip(far, &format!("link set to-{label} master {bridge}\nlink set to-{label} up\n"));
-    }
-
-    fn name(&self, label: &str) -> String {
-        format!("{}-{label}", self.prefix)
-    }
-
-    fn space(&self, label: &str) -> String {
-        let name = self.name(label);
-        run("ip", &["netns", "add", &name], "");
-        self.spaces.borrow_mut().push(name.clone());
-        ip(&name, "link set lo up\n");
-        name
+    fn wait<T>(&self, done: impl Future<Output = T>) -> T {
+        self.runtime.block_on(done)
     }
 }
 
@@ -231,98 +215,53 @@ impl Drop for Lab {
         if std::thread::panicking() {
             show_tail("relay", &self.log_of_relay());
         }
-        if let Some(mut relay) = self.relay.take() {
-            let _gone_already = relay.kill();
-            let _gone_already = relay.wait();
-        }
-        for space in self.spaces.get_mut() {
-            let removed = Command::new("ip").args(["netns", "del", space]).status();
-            if !removed.is_ok_and(|status| status.success()) {
-                eprintln!("the namespace {space} could not be removed");
-            }
-        }
+        self.relay.take();
     }
 }
 
-impl Site {
-    fn router(&self) -> String {
-        format!("router{}", self.number)
+/// Packets to the router itself that nobody asked for are dropped, as home routers do: answered, they would leave a
+/// connection entry that takes the port from the host behind it.
+fn drop_unsolicited(router: &Router, wan: &str) {
+    nft(
+        router,
+        &format!(
+            "table inet own {{ chain input {{
+type filter hook input priority 0; iifname \"{wan}\" meta l4proto udp drop
+             }}\n}}"
+        ),
+    );
+}
+
+/// Waits until a host's addresses can be used: those of IPv6 are tentative until the cable's other end is up.
+fn settle(device: &Device) {
+    let addresses = device.ip().map(IpAddr::from).into_iter().chain(device.ip6().map(IpAddr::from));
+    for address in addresses {
+        wait_until("the address can be used", || device.run_sync(move || Ok(UdpSocket::bind((address, 0))?)).ok());
     }
 }
 
-/// The command `program` inside a namespace.
-pub(super) fn in_space(space: &str, program: &Path) -> Command {
-    let mut command = Command::new("ip");
-    command.args(["netns", "exec", space]).arg(program);
-    command
-}
-
-/// Prints the last lines of a log.
-pub(super) fn show_tail(whose: &str, log: &Path) {
-    let text = fs::read_to_string(log).unwrap_or_default();
-    let lines: Vec<_> = text.lines().collect();
-    eprintln!("--- the end of the log of {whose}:\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
-}
-
-/// Unsolicited packets to the router itself are dropped, as home routers do: answered, they would leave a connection
-/// entry that takes the port from the host behind it.
-fn rules(nat: Nat) -> String {
-    let (translate, forward) = match nat {
-        Nat::Open => ("", ""),
-        Nat::Easy => ("oifname wan masquerade", ""),
-        Nat::Hard => ("oifname wan masquerade random", ""),
-        Nat::WithoutUdp => ("oifname wan masquerade", "meta l4proto udp drop"),
-        Nat::FirewalledV6 => ("", "iifname wan meta l4proto { tcp, udp } ct state new drop"),
-    };
-    format!(
-        "table inet lab {{
-            chain translate {{ type nat hook postrouting priority 100; {translate}
-            }}
-            chain cut {{ }}
-            chain through {{ type filter hook forward priority 0; jump cut; {forward}
-            }}
-            chain own {{ type filter hook input priority 0; iifname wan meta l4proto {{ tcp, udp }} drop
-            }}
-        }}"
-    )
+/// Runs `nft` on a router.
+#[track_caller]
+fn nft(router: &Router, rules: &str) {
+    let input = rules.to_owned();
+    let done = router.run_sync(move || attempt("nft", &["-f", "-"], &input).map_err(anyhow::Error::msg));
+    if let Err(why) = done {
+        panic!("{why:#}\n{rules}");
+    }
 }
 
 fn possible() -> Result<(), String> {
-    for program in ["ip", "nft", "tc"] {
-        let found = Command::new(program).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
-        found.map_err(|error| format!("`{program}` does not run: {error}"))?;
+    patchbay::check_caps().map_err(|error| error.to_string())?;
+    for (program, argument) in [("nft", "--version"), ("tc", "-Version"), ("setpriv", "--version")] {
+        attempt(program, &[argument], "")?;
     }
-    let trial = format!("pfnat-{}-trial-{:?}", std::process::id(), std::thread::current().id());
-    let trial: String = trial.chars().filter(|char| char.is_ascii_alphanumeric() || *char == '-').collect();
-    attempt("ip", &["netns", "add", &trial], "")?;
-    let able = attempt("ip", &["netns", "exec", &trial, "nft", "add table inet trial"], "")
-        .and_then(|()| attempt("ip", &["-n", &trial, "link", "add", "trial", "type", "bridge"], ""));
-    run("ip", &["netns", "del", &trial], "");
-    able
+    // In a namespace of its own, which ends with the command.
+    attempt("unshare", &["--net", "nft", "add table inet trial"], "")
 }
 
 fn peer_token() -> String {
     let made = Command::new(env!("CARGO_BIN_EXE_peer")).args(["token", "new"]).output().expect("peer runs");
     String::from_utf8(made.stdout).expect("UTF-8").trim().to_owned()
-}
-
-fn ip(space: &str, lines: &str) {
-    run("ip", &["-n", space, "-batch", "-"], lines);
-}
-
-fn nft(space: &str, rules: &str) {
-    run("ip", &["netns", "exec", space, "nft", "-f", "-"], rules);
-}
-
-fn write_sysctl(space: &str, name: &str) {
-    run("ip", &["netns", "exec", space, "sh", "-c", &format!("echo 1 > /proc/sys/net/{name}")], "");
-}
-
-#[track_caller]
-fn run(program: &str, arguments: &[&str], input: &str) {
-    if let Err(why) = attempt(program, arguments, input) {
-        panic!("{why}\n{input}");
-    }
 }
 
 fn attempt(program: &str, arguments: &[&str], input: &str) -> Result<(), String> {

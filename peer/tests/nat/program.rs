@@ -3,16 +3,16 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
+    net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, Output, Stdio},
     sync::{Once, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
+use patchbay::Device;
 use serde_json::Value;
-
-use super::lab::{in_space, show_tail};
 
 /// How long anything may take before it counts as never: a slow machine under load needs a fraction of it.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -21,6 +21,9 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const ASK_EVERY: Duration = Duration::from_millis(50);
 
 const PEER: &str = env!("CARGO_BIN_EXE_peer");
+
+/// Where programs that peers run are.
+const PROGRAMS: &str = "/usr/bin:/bin";
 
 /// Asks until there is an answer.
 #[track_caller]
@@ -35,8 +38,48 @@ pub(super) fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T
     }
 }
 
+/// The relay's program on its server.
+pub(super) struct Relay(Child);
+
+impl Relay {
+    /// Starts it, and waits until it answers on every address.
+    pub(super) fn start(server: Device, addresses: [SocketAddr; 2], log: &Path) -> Self {
+        let binary = relay_binary();
+        let log = fs::File::options().create(true).append(true).open(log).expect("a log");
+        let mut command = mortal(&binary);
+        for address in &addresses {
+            command.args(["--bind", &address.to_string()]);
+        }
+        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let relay = Self(server.spawn_command_sync(command).expect("the relay runs"));
+        for address in addresses {
+            wait_until("the relay is well", || {
+                let mut health = Command::new(&binary);
+                health.args(["health", &address.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
+                let mut asked = server.spawn_command_sync(health).expect("it runs");
+                asked.wait().expect("it ends").success().then_some(())
+            });
+        }
+        relay
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        let _gone_already = self.0.kill();
+        let _gone_already = self.0.wait();
+    }
+}
+
+/// A program that ends with whoever started it, even if that is killed.
+fn mortal(program: &Path) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
+}
+
 /// The relay's binary, which is beside the peer's; built if it is not there.
-pub(super) fn relay() -> PathBuf {
+fn relay_binary() -> PathBuf {
     static BUILT: Once = Once::new();
     let folder = Path::new(PEER).parent().expect("a binary is in a folder");
     let binary = folder.join("relay");
@@ -56,28 +99,32 @@ pub(super) fn relay() -> PathBuf {
     binary
 }
 
+/// Prints the last lines of a log.
+pub(super) fn show_tail(whose: &str, log: &Path) {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<_> = text.lines().collect();
+    eprintln!("--- the end of the log of {whose}:\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+}
+
 /// A host with a peer that runs on it.
 pub(super) struct Peer {
-    space: String,
+    device: Device,
     name: String,
     home: PathBuf,
     daemon: Child,
 }
 
 impl Peer {
-    pub(super) fn start(space: &str, name: &str, home: &Path, relay: &str, token: &str) -> Self {
+    pub(super) fn start(device: Device, name: &str, home: &Path, relay: SocketAddr, token: &str) -> Self {
         fs::create_dir(home).expect("a home");
         let log = fs::File::create(home.join("log")).expect("a log");
-        let mut command = in_space(space, Path::new(PEER));
-        command.args(["run", "--relay", &format!("ws://{relay}"), "--room", "lab", "--name", name, "--mode", "edit"]);
-        command.env_clear().env("HOME", home).env("PEER_TOKEN", token).env("PEER_LOG", "peerfleet_peer=debug");
+        let mut command = mortal(Path::new(PEER));
+        command.args(["run", "--relay", &format!("ws://{relay}"), "--room", "lab", "--name", name, "--mode", "bypass"]);
+        command.env_clear().env("PATH", PROGRAMS).env("HOME", home);
+        command.env("PEER_TOKEN", token).env("PEER_LOG", "peerfleet_peer=debug");
         command.current_dir(home).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let daemon = command.spawn().expect("peer runs");
-        Self { space: space.to_owned(), name: name.to_owned(), home: home.to_owned(), daemon }
-    }
-
-    pub(super) fn space(&self) -> &str {
-        &self.space
+        let daemon = device.spawn_command_sync(command).expect("peer runs");
+        Self { device, name: name.to_owned(), home: home.to_owned(), daemon }
     }
 
     pub(super) fn home(&self) -> &Path {
@@ -87,7 +134,7 @@ impl Peer {
     /// Waits until this host lists the other.
     pub(super) fn sees(&self, other: &Self) {
         wait_until("the room is joined", || {
-            let listed = self.command(&["ls", "--json"]).output().expect("peer runs").stdout;
+            let listed = self.run(&["ls", "--json"]).stdout;
             let hosts: Value = serde_json::from_slice(&listed).ok()?;
             hosts.as_array()?.iter().any(|host| host["name"] == other.name.as_str()).then_some(())
         });
@@ -97,19 +144,36 @@ impl Peer {
     pub(super) fn send(&self, file: &Path, to: &Self, path: &str) -> Sending {
         let target = format!("{}:{}", to.name, to.home.join(file.file_name().expect("it is named")).display());
         let file = file.to_str().expect("UTF-8");
-        Sending::of(self.command(&["send-file", "--json", "--path", path, file, &target]))
+        let mut command = self.command(&["send-file", "--json", "--path", path, file, &target]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        Sending::of(self.device.spawn_command_sync(command).expect("peer runs"))
     }
 
     /// What `peer status` says of the link to the other.
     pub(super) fn link(&self, other: &Self) -> Value {
-        let said = self.command(&["status", "--json"]).output().expect("peer runs").stdout;
-        let status: Value = serde_json::from_slice(&said).expect("JSON");
+        let status: Value = serde_json::from_slice(&self.run(&["status", "--json"]).stdout).expect("JSON");
         let links = status["links"].as_array().cloned().unwrap_or_default();
         links.into_iter().find(|link| link["name"] == other.name.as_str()).unwrap_or(Value::Null)
     }
 
+    /// Lets this host send no faster than so many megabit per second.
+    pub(super) fn slow_down(&self, megabit: u32) {
+        let mut command = Command::new("tc");
+        command.args(["qdisc", "add", "dev", "eth0", "root", "tbf", "burst", "64kb", "latency", "50ms"]);
+        command.args(["rate", &format!("{megabit}mbit")]);
+        let mut set = self.device.spawn_command_sync(command).expect("tc runs");
+        assert!(set.wait().expect("it ends").success());
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = self.command(arguments);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = self.device.spawn_command_sync(command).expect("peer runs");
+        child.wait_with_output().expect("it ends")
+    }
+
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = in_space(&self.space, Path::new(PEER));
+        let mut command = Command::new(PEER);
         command.args(arguments).env_clear().env("HOME", &self.home).current_dir(&self.home).stdin(Stdio::null());
         command
     }
@@ -143,8 +207,7 @@ pub(super) struct Sent {
 }
 
 impl Sending {
-    fn of(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("peer runs");
+    fn of(mut child: Child) -> Self {
         let (stdout, mut stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
         let (told, events) = mpsc::channel();
         thread::spawn(move || {
