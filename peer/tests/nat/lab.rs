@@ -7,16 +7,21 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::BTreeMap,
     future::Future,
     io::Write as _,
     net::{IpAddr, SocketAddr, UdpSocket},
     path::PathBuf,
     process::{Command, Stdio},
+    time::Duration,
 };
 
 use patchbay::{Device, Firewall, IpSupport, Nat, NatConfig, NatFiltering, Router};
 
-use super::program::{Peer, Relay, show_tail, wait_until};
+use super::{
+    cable::{Cable, Condition},
+    program::{Peer, Relay, show_tail, succeed, wait_until},
+};
 
 /// The relay's port, on each of its addresses.
 const RELAY_PORT: u16 = 8080;
@@ -83,18 +88,24 @@ pub(super) struct Site {
     kind: Kind,
     /// What hosts are plugged into.
     router: Router,
+    /// Its interface to the world.
+    wan: &'static str,
+    number: usize,
 }
 
 /// The lab.
 pub(super) struct Lab {
     // In the order in which they must end.
     relay: RefCell<Option<Relay>>,
+    cables: RefCell<BTreeMap<usize, Cable>>,
     server: Device,
     net: patchbay::Lab,
     runtime: tokio::runtime::Runtime,
     scratch: tempfile::TempDir,
     token: String,
     sites: Cell<usize>,
+    /// How often ports were changed.
+    rebound: Cell<u16>,
 }
 
 impl Lab {
@@ -114,12 +125,14 @@ impl Lab {
         });
         let lab = Self {
             relay: RefCell::new(None),
+            cables: RefCell::default(),
             server,
             net,
             runtime,
             scratch: tempfile::tempdir().expect("a temporary folder"),
             token: peer_token(),
             sites: Cell::new(0),
+            rebound: Cell::new(0),
         };
         settle(&lab.server);
         lab.start_relay();
@@ -128,11 +141,16 @@ impl Lab {
 
     /// One more site.
     pub(super) fn site(&self, kind: Kind) -> Site {
+        self.site_with(kind, HOME)
+    }
+
+    /// One more site, whose hosts have addresses of this network if there is a NAT.
+    pub(super) fn site_with(&self, kind: Kind, network: &str) -> Site {
         self.sites.set(self.sites.get() + 1);
         let number = self.sites.get();
         let carrier = (kind == Kind::DoubleNat).then(|| {
-            let network = CARRIER.parse().expect("a network");
-            let router = self.net.add_router(&format!("carrier{number}")).nat(Nat::Moderate).downstream_cidr(network);
+            let between = CARRIER.parse().expect("a network");
+            let router = self.net.add_router(&format!("carrier{number}")).nat(Nat::Moderate).downstream_cidr(between);
             let router = self.wait(router.build()).expect("a router");
             drop_unsolicited(&router, "ix");
             router
@@ -146,17 +164,17 @@ impl Lab {
             Kind::Public => router.ip_support(IpSupport::DualStack),
             Kind::V6Only => router.ip_support(IpSupport::V6Only).firewall(Firewall::BlockInbound),
             Kind::FullCone | Kind::AddressRestricted | Kind::PortRestricted | Kind::Symmetric | Kind::DoubleNat => {
-                router.downstream_cidr(HOME.parse().expect("a network"))
+                router.downstream_cidr(network.parse().expect("a network"))
             }
             Kind::WithoutUdp => {
-                router.downstream_cidr(HOME.parse().expect("a network")).firewall_custom(|rules| rules.block_udp())
+                router.downstream_cidr(network.parse().expect("a network")).firewall_custom(|rules| rules.block_udp())
             }
         };
         let router = self.wait(router.build()).expect("a router");
         if kind != Kind::Public {
             drop_unsolicited(&router, wan);
         }
-        Site { kind, router }
+        Site { kind, router, wan, number }
     }
 
     /// A host at a site, with the peer running on it.
@@ -179,6 +197,58 @@ impl Lab {
     /// Undoes [`Lab::cut_udp`].
     pub(super) fn mend_udp(&self, site: &Site) {
         nft(&site.router, "delete table inet cut");
+    }
+
+    /// Makes the cable between a site and the world like this.
+    pub(super) fn set_cable(&self, site: &Site, condition: Condition) {
+        let mut cables = self.cables.borrow_mut();
+        match cables.get(&site.number) {
+            Some(cable) => cable.set(condition),
+            None => {
+                cables.insert(site.number, Cable::lay(&site.router, site.wan, condition));
+            }
+        }
+    }
+
+    /// What the network itself needs from this host to the relay and back.
+    pub(super) fn ping_to_relay(&self, site: &Site, host: &Peer) -> Duration {
+        host.ping(self.relay_as_seen_from(site.kind).ip())
+    }
+
+    /// The router forgets every flow, as if it had been switched off and on. Ports stay what they are by chance: those
+    /// that are the same for all destinations are the host's own.
+    pub(super) fn forget_flows(&self, site: &Site) {
+        self.wait(site.router.flush_nat_state()).expect("flows are forgotten");
+    }
+
+    /// The router forgets every flow of UDP, and gives out other ports from now on: one for each port of a host, whoever
+    /// it sends to. Only for sites whose NAT does so.
+    pub(super) fn rebind_udp(&self, site: &Site) {
+        let number = self.rebound.get();
+        self.rebound.set(number + 1);
+        let (low, high) = (20_000 + 1000 * number, 20_999 + 1000 * number);
+        let (wan, address) = (site.wan, site.router.uplink_ip().expect("it has one"));
+        nft(
+            &site.router,
+            &format!(
+                "flush chain ip nat prerouting
+                 flush chain ip nat postrouting
+                 add rule ip nat postrouting oif \"{wan}\" meta l4proto udp snat to {address}:{low}-{high}
+                 add rule ip nat postrouting oif \"{wan}\" snat to {address}"
+            ),
+        );
+        site.router.run_sync(|| succeed("conntrack -D -p udp")).expect("flows are forgotten");
+    }
+
+    /// Takes a host's plug out of its network and puts it into another's.
+    pub(super) fn roam(&self, host: &Peer, to: &Site) {
+        let interface = host.device().iface("eth0").expect("it has one");
+        self.wait(interface.replug(to.router.id())).expect("it is plugged in");
+    }
+
+    /// Ends the relay's program at once.
+    pub(super) fn kill_relay(&self) {
+        self.relay.take();
     }
 
     /// Starts the relay's program, and waits until it answers.
@@ -252,7 +322,14 @@ fn nft(router: &Router, rules: &str) {
 
 fn possible() -> Result<(), String> {
     patchbay::check_caps().map_err(|error| error.to_string())?;
-    for (program, argument) in [("nft", "--version"), ("tc", "-Version"), ("setpriv", "--version")] {
+    for (program, argument) in [
+        ("nft", "--version"),
+        ("iptables", "--version"),
+        ("ip6tables", "--version"),
+        ("conntrack", "--version"),
+        ("ping", "-V"),
+        ("setpriv", "--version"),
+    ] {
         attempt(program, &[argument], "")?;
     }
     // In a namespace of its own, which ends with the command.

@@ -3,12 +3,12 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Read},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{Once, mpsc},
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use patchbay::Device;
@@ -106,6 +106,24 @@ pub(super) fn show_tail(whose: &str, log: &Path) {
     eprintln!("--- the end of the log of {whose}:\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
 }
 
+/// Runs a command of plain words.
+///
+/// # Errors
+/// If it does not run, or says that it failed.
+pub(super) fn succeed(words: &str) -> anyhow::Result<()> {
+    let mut words_of = words.split_whitespace();
+    let output = Command::new(words_of.next().expect("a program")).args(words_of).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() { Ok(()) } else { Err(anyhow::anyhow!("`{words}`: {}", said.trim())) }
+}
+
+/// The time of day of a line of a log, in seconds.
+fn seconds_of_day(line: &str) -> f64 {
+    // "2026-11-21T15:54:37.140243Z  INFO …"
+    let time = line.split(['T', 'Z']).nth(1).expect("a time");
+    time.split(':').fold(0.0, |sum, part| sum * 60.0 + part.parse::<f64>().expect("a number"))
+}
+
 /// A host with a peer that runs on it.
 pub(super) struct Peer {
     device: Device,
@@ -156,13 +174,58 @@ impl Peer {
         links.into_iter().find(|link| link["name"] == other.name.as_str()).unwrap_or(Value::Null)
     }
 
-    /// Lets this host send no faster than so many megabit per second.
-    pub(super) fn slow_down(&self, megabit: u32) {
-        let mut command = Command::new("tc");
-        command.args(["qdisc", "add", "dev", "eth0", "root", "tbf", "burst", "64kb", "latency", "50ms"]);
-        command.args(["rate", &format!("{megabit}mbit")]);
-        let mut set = self.device.spawn_command_sync(command).expect("tc runs");
-        assert!(set.wait().expect("it ends").success());
+    /// Starts a command on the other host, with its input and output piped to here.
+    pub(super) fn exec(&self, other: &Self, words: &[&str]) -> Child {
+        let mut command = self.command(&["exec", "--stdin", &other.name, "--"]);
+        let log = fs::File::create(self.home.join("exec.log")).expect("a log");
+        command.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+        self.device.spawn_command_sync(command).expect("peer runs")
+    }
+
+    /// How links of this host travelled since `from`, by its own account: when it changed, and whether it became direct.
+    pub(super) fn path_changes(&self, from: SystemTime) -> Vec<(Duration, bool)> {
+        const DAY: f64 = 86_400.0;
+        let begin = from.duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs_f64() % DAY;
+        let log = fs::read_to_string(self.log()).expect("a log");
+        let changes = log.lines().filter_map(|line| {
+            let direct = line.contains("packets travel directly");
+            (direct || line.contains("packets travel by way of the relay")).then(|| (line, direct))
+        });
+        let since = changes.map(|(line, direct)| ((seconds_of_day(line) - begin).rem_euclid(DAY), direct));
+        // What was before lies almost a day ahead.
+        since
+            .filter(|(after, _)| *after < DAY / 2.0)
+            .map(|(after, direct)| (Duration::from_secs_f64(after), direct))
+            .collect()
+    }
+
+    /// Waits until packets travel directly, or by way of the relay, after `from`; gives the time it took.
+    #[track_caller]
+    pub(super) fn becomes(&self, direct: bool, from: SystemTime) -> Duration {
+        let what = if direct { "packets travel directly" } else { "packets travel by way of the relay" };
+        let found = || self.path_changes(from).into_iter().find(|(_, now)| *now == direct);
+        wait_until(what, found).0
+    }
+
+    /// The shortest of a few round trips to an address, beneath our programs.
+    pub(super) fn ping(&self, address: IpAddr) -> Duration {
+        let mut command = Command::new("ping");
+        command.args(["-q", "-c", "5", "-i", "0.05", "-W", "5", &address.to_string()]).stdout(Stdio::piped());
+        let said =
+            self.device.spawn_command_sync(command).expect("ping runs").wait_with_output().expect("it ends").stdout;
+        let said = String::from_utf8(said).expect("UTF-8");
+        // "rtt min/avg/max/mdev = 20.313/20.517/20.800/0.100 ms"
+        let shortest = said.split(" = ").nth(1).and_then(|times| times.split('/').next()?.parse::<f64>().ok());
+        Duration::from_secs_f64(shortest.unwrap_or_else(|| panic!("no answer: {said}")) / 1e3)
+    }
+
+    /// The machine.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn log(&self) -> PathBuf {
+        self.home.join("log")
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
@@ -184,7 +247,7 @@ impl Drop for Peer {
         let _gone_already = self.daemon.kill();
         let _gone_already = self.daemon.wait();
         if thread::panicking() {
-            show_tail(&self.name, &self.home.join("log"));
+            show_tail(&self.name, &self.log());
         }
     }
 }
