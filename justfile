@@ -33,6 +33,11 @@ fuzz seconds="60":
 nat:
     cargo test --package peerfleet-peer --test nat
 
+# How soon paths are direct, how long pauses are, what an idle path costs; half an hour on an idle machine, as root.
+paths runs="20":
+    PEERFLEET_MEASURE_RUNS={{runs}} cargo test --release --package peerfleet-peer --test nat -- \
+        --ignored --nocapture --test-threads 1
+
 docker:
     docker/test-rootfs
 

@@ -23,6 +23,8 @@ mod echo;
 mod lab;
 #[path = "nat/life.rs"]
 mod life;
+#[path = "nat/measure.rs"]
+mod measure;
 #[path = "nat/program.rs"]
 mod program;
 

@@ -167,6 +167,8 @@ fn pass_on(queue: &mut Queue, lines: &mut [Line; 2], condition: Condition) -> io
         let mut packet = match queue.recv() {
             Ok(packet) => packet,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            // A packet that was let go is gone: its interface went down meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
         let line = lines.iter_mut().find(|line| line.number == packet.get_queue_num()).expect("two are bound");

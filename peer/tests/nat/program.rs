@@ -167,13 +167,6 @@ impl Peer {
         Sending::of(self.device.spawn_command_sync(command).expect("peer runs"))
     }
 
-    /// What `peer status` says of the link to the other.
-    pub(super) fn link(&self, other: &Self) -> Value {
-        let status: Value = serde_json::from_slice(&self.run(&["status", "--json"]).stdout).expect("JSON");
-        let links = status["links"].as_array().cloned().unwrap_or_default();
-        links.into_iter().find(|link| link["name"] == other.name.as_str()).unwrap_or(Value::Null)
-    }
-
     /// Starts a command on the other host, with its input and output piped to here.
     pub(super) fn exec(&self, other: &Self, words: &[&str]) -> Child {
         let mut command = self.command(&["exec", "--stdin", &other.name, "--"]);
@@ -184,18 +177,32 @@ impl Peer {
 
     /// How links of this host travelled since `from`, by its own account: when it changed, and whether it became direct.
     pub(super) fn path_changes(&self, from: SystemTime) -> Vec<(Duration, bool)> {
+        let changed = |line: &str| match line {
+            line if line.contains("packets travel directly") => Some(true),
+            line if line.contains("packets travel by way of the relay") => Some(false),
+            _ => None,
+        };
+        self.said(from, changed)
+    }
+
+    /// When this host began a command after `from`, by its own account.
+    #[track_caller]
+    pub(super) fn began_a_command(&self, from: SystemTime) -> Duration {
+        let began = || self.said(from, |line| line.contains("job started").then_some(())).into_iter().next();
+        wait_until("a command is begun", began).0
+    }
+
+    /// What of this host's log since `from` is of interest, and how long after.
+    fn said<T>(&self, from: SystemTime, interest: impl Fn(&str) -> Option<T>) -> Vec<(Duration, T)> {
         const DAY: f64 = 86_400.0;
         let begin = from.duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs_f64() % DAY;
         let log = fs::read_to_string(self.log()).expect("a log");
-        let changes = log.lines().filter_map(|line| {
-            let direct = line.contains("packets travel directly");
-            (direct || line.contains("packets travel by way of the relay")).then(|| (line, direct))
-        });
-        let since = changes.map(|(line, direct)| ((seconds_of_day(line) - begin).rem_euclid(DAY), direct));
+        let found = log.lines().filter_map(|line| Some((line, interest(line)?)));
+        let since = found.map(|(line, what)| ((seconds_of_day(line) - begin).rem_euclid(DAY), what));
         // What was before lies almost a day ahead.
         since
             .filter(|(after, _)| *after < DAY / 2.0)
-            .map(|(after, direct)| (Duration::from_secs_f64(after), direct))
+            .map(|(after, what)| (Duration::from_secs_f64(after), what))
             .collect()
     }
 
@@ -217,6 +224,30 @@ impl Peer {
         // "rtt min/avg/max/mdev = 20.313/20.517/20.800/0.100 ms"
         let shortest = said.split(" = ").nth(1).and_then(|times| times.split('/').next()?.parse::<f64>().ok());
         Duration::from_secs_f64(shortest.unwrap_or_else(|| panic!("no answer: {said}")) / 1e3)
+    }
+
+    /// What went through this host's interface, and UDP in and out.
+    pub(super) fn traffic(&self) -> Traffic {
+        let read = || {
+            let interface = fs::read_to_string("/proc/thread-self/net/dev")?;
+            let protocols = fs::read_to_string("/proc/thread-self/net/snmp")?;
+            Ok((interface, protocols))
+        };
+        let (interface, protocols) = self.device.run_sync(read).expect("it is Linux");
+        let numbers = |line: &str| line.split_whitespace().skip(1).map(|word| word.parse().unwrap_or(0)).collect();
+        let bytes: Vec<u64> = interface.lines().find(|line| line.contains("eth0:")).map(numbers).expect("it is there");
+        let datagrams: Vec<u64> =
+            protocols.lines().filter(|line| line.starts_with("Udp:")).nth(1).map(numbers).expect("it is there");
+        Traffic { bytes_in: bytes[0], bytes_out: bytes[8], datagrams_in: datagrams[0], datagrams_out: datagrams[3] }
+    }
+
+    /// Time that this host's peer has computed so far.
+    pub(super) fn cpu(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.daemon.id())).expect("it runs");
+        // Behind the name, which may hold anything: the 12th and 13th word are ticks, 100 a second, of user and system.
+        let words = stat.rsplit(')').next().expect("there is a name").split_whitespace();
+        let ticks: u64 = words.skip(11).take(2).map(|word| word.parse::<u64>().expect("a number")).sum();
+        Duration::from_millis(ticks * 10)
     }
 
     /// The machine.
@@ -250,6 +281,15 @@ impl Drop for Peer {
             show_tail(&self.name, &self.log());
         }
     }
+}
+
+/// What a host sent and received so far.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Traffic {
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub datagrams_in: u64,
+    pub datagrams_out: u64,
 }
 
 /// A file on its way.
