@@ -78,15 +78,13 @@ fn mortal(program: &Path) -> Command {
     command
 }
 
-/// The relay's binary, which is beside the peer's; built if it is not there.
+/// The relay's binary, which is beside the peer's; built anew if it is older than its source, for one of another wire would
+/// let nobody in.
 fn relay_binary() -> PathBuf {
     static BUILT: Once = Once::new();
     let folder = Path::new(PEER).parent().expect("a binary is in a folder");
     let binary = folder.join("relay");
     BUILT.call_once(|| {
-        if binary.exists() {
-            return;
-        }
         let profile = match folder.file_name().and_then(|name| name.to_str()) {
             Some("debug") | None => "dev",
             Some(profile) => profile,
