@@ -81,7 +81,8 @@ impl Crowd {
 
     fn join(&self, name: &str, services: Vec<Service>) -> Mesh {
         let jobs = Jobs::new(self.store.clone(), JobsConfig::new(self.folder.clone()));
-        let serve = Services { jobs, files: None, policy: self.policy.clone(), store: self.store.clone() };
+        let serve =
+            Services { jobs, files: None, network: None, policy: self.policy.clone(), store: self.store.clone() };
         let presence = Presence {
             name: name.to_owned(),
             tags: vec!["bench".to_owned()],

@@ -7,7 +7,7 @@
 //! | request | disabled | plan | edit | bypass |
 //! |---|---|---|---|---|
 //! | ping; pull, whose ticket is the right to it | yes | yes | yes | yes |
-//! | list jobs, read a job's log, offer a file | no | yes | yes | yes |
+//! | list jobs, read a job's log, offer a file, see the network | no | yes | yes | yes |
 //! | receive a file | no | no | yes | yes |
 //! | exec, own a job, cancel a job | no | no | no | yes, unless exec is off |
 //! | links and candidates, which the mesh answers itself | no | no | no | no |
@@ -71,6 +71,7 @@ pub fn decide(caller: PeerId, request: &Request, policy: &Policy) -> Result<(), 
         Request::Jobs => (Mode::Plan, "listing jobs"),
         Request::Attach(attach) if !attach.owner => (Mode::Plan, "reading a job's log"),
         Request::Offer(_) => (Mode::Plan, "reading files"),
+        Request::Network => (Mode::Plan, "looking at its network"),
         Request::Receive(_) => (Mode::Edit, "writing files"),
         Request::Exec(_) | Request::Attach(_) => (Mode::Bypass, "running commands"),
         Request::Cancel(_) => (Mode::Bypass, "ending jobs"),
@@ -151,7 +152,7 @@ mod tests {
         })
     }
 
-    fn requests() -> [(Request, [bool; 4]); 10] {
+    fn requests() -> [(Request, [bool; 4]); 11] {
         let ticket = Ticket::from_bytes([0; 16]);
         let file = FileInfo { name: b"f".to_vec(), size: 0, mode: 0, mtime_s: 0, mtime_ns: 0 };
         let receive = ReceiveSpec {
@@ -168,6 +169,7 @@ mod tests {
             (Request::Jobs, [false, true, true, true]),
             (attach(false), [false, true, true, true]),
             (Request::Offer(OfferSpec { path: b"/f".to_vec(), receiver: peer() }), [false, true, true, true]),
+            (Request::Network, [false, true, true, true]),
             (Request::Receive(receive), [false, false, true, true]),
             (exec(), [false, false, false, true]),
             (attach(true), [false, false, false, true]),

@@ -19,7 +19,7 @@ use crate::{
     config::Config,
     failure::{Failure, Result},
     machine::{self, Host, Machine, ModeChange, Role, Status},
-    mesh::{AskFault, AskProgress, OpenFault, Stream},
+    mesh::{AskFault, AskProgress, NotJoined, OpenFault, Report, Stream},
 };
 
 mod door;
@@ -145,10 +145,25 @@ impl Client {
     ///
     /// # Errors
     /// If the daemon cannot be asked.
-    pub async fn joined(&self, timeout: Duration) -> Result<std::result::Result<(), crate::mesh::NotJoined>> {
+    pub async fn joined(&self, timeout: Duration) -> Result<std::result::Result<(), NotJoined>> {
         match self {
             Self::Door(door) => door.joined(timeout).await,
             Self::Own(machine) => Ok(machine.joined(timeout).await),
+        }
+    }
+
+    /// What is known of the network around this machine, and of its link to `about`; see [`crate::mesh::Mesh::report`].
+    ///
+    /// # Errors
+    /// If the daemon cannot be asked.
+    pub async fn report(
+        &self,
+        about: Option<InstanceId>,
+        fresh: bool,
+    ) -> Result<std::result::Result<Report, NotJoined>> {
+        match self {
+            Self::Door(door) => door.report(about, fresh).await,
+            Self::Own(machine) => Ok(machine.report(about, fresh).await),
         }
     }
 

@@ -22,7 +22,7 @@ use crate::{
     access::Policy,
     config::{Origin, Sourced},
     exec::Jobs,
-    mesh::{AskFault, AskProgress, Caller, Mesh, NotJoined, OpenFault, PathView, Serve, Stream, UplinkState},
+    mesh::{self, AskFault, AskProgress, Caller, Mesh, NotJoined, OpenFault, PathView, Serve, Stream, UplinkState},
     random,
 };
 
@@ -197,6 +197,14 @@ impl Machine {
             no_exec,
             state_dir,
         }
+    }
+
+    /// What is known of the network around, and of the link to `about`; see [`Mesh::report`].
+    ///
+    /// # Errors
+    /// [`NotJoined`] if the mesh has stopped.
+    pub async fn report(&self, about: Option<InstanceId>, fresh: bool) -> Result<mesh::Report, NotJoined> {
+        self.mesh.report(about, fresh).await
     }
 
     /// Changes what this machine lets others do, from now on and until this process ends.

@@ -3,7 +3,7 @@
 //! In: requests and streams that services and front doors want, and what the relay and the UDP socket bring. Out:
 //! outcomes, streams, and calls of [`Serve`] for what others ask. It knows no service.
 
-use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{fmt, future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use peerfleet_proto::{
     id::{InstanceId, PeerId, RequestId},
@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use self::{
-    actor::{Actor, Command, Contact},
+    actor::{Actor, Command, Contact, ReportWanted},
     agreement::AGREE_DEADLINE,
     heads::{LinkHandle, Unopened},
     socket::Switch,
@@ -32,12 +32,14 @@ mod dial;
 mod evidence;
 mod extra;
 mod heads;
+pub mod health;
 mod interfaces;
 mod link;
 mod mtu;
 mod path;
 mod port_mapping;
 mod queue;
+mod report;
 mod roster;
 mod routes;
 mod sampling;
@@ -57,6 +59,7 @@ pub use dial::{
     Authorities, DialConfig, InvalidAuthorities, InvalidProxy, InvalidRelayUrl, Proxy, ProxyChoice, RelayUrl,
 };
 pub use peerfleet_proto::exchange::AskFault;
+pub use report::Report;
 pub use stream::Stream;
 pub use stun_server::{InvalidStunServer, StunServer};
 
@@ -146,6 +149,10 @@ pub struct PathView {
     pub now: Option<PathNow>,
     /// Measured round trip of the path now.
     pub rtt: Option<Duration>,
+    /// How long packets have travelled this way.
+    pub age: Option<Duration>,
+    /// Where they go directly.
+    pub address: Option<SocketAddr>,
     /// Bytes of packets sent and received directly.
     pub direct_bytes: u64,
     /// Bytes of packets sent and received by way of the relay.
@@ -317,6 +324,17 @@ impl Mesh {
     /// How the link of that route travels.
     pub fn path(&self, to: InstanceId, route: Route) -> PathView {
         self.0.views.path((to, route))
+    }
+
+    /// What is known of the network around, and of the link to `about`. `fresh` begins to measure anew what can be
+    /// measured without a link: ask again a moment later.
+    ///
+    /// # Errors
+    /// [`NotJoined`] if the mesh has stopped.
+    pub async fn report(&self, about: Option<InstanceId>, fresh: bool) -> Result<Report, NotJoined> {
+        let (reply, report) = oneshot::channel();
+        self.command(Command::Report(ReportWanted { fresh, about, reply })).await;
+        report.await.map_err(|_| NotJoined::because("this instance has left the room"))
     }
 
     /// What this instance dropped so far.

@@ -35,6 +35,12 @@ pub trait Files: Send + Sync + 'static {
     fn receive(&self, caller: Caller, spec: ReceiveSpec, stream: Stream) -> BoxFuture<()>;
 }
 
+/// What knows how the network looks from this host.
+pub trait Network: Send + Sync + 'static {
+    /// Answers a caller, who learns of its own link and of nobody else's.
+    fn report(&self, caller: Caller) -> BoxFuture<Outcome>;
+}
+
 /// The services of this host.
 #[derive(Clone)]
 pub struct Services {
@@ -42,6 +48,8 @@ pub struct Services {
     pub jobs: Jobs,
     /// Moves files; a host without it says so.
     pub files: Option<Arc<dyn Files>>,
+    /// Tells of the network; a host without it says so.
+    pub network: Option<Arc<dyn Network>>,
     /// What this host allows now.
     pub policy: watch::Receiver<Arc<Policy>>,
     /// Where requests are written down.
@@ -86,6 +94,14 @@ impl Services {
             Request::Offer(spec) => match &self.files {
                 Some(files) => files.offer(caller, spec).await,
                 None => Outcome::Failed(no_files()),
+            },
+            Request::Network => match &self.network {
+                Some(network) => network.report(caller).await,
+                None => Outcome::Failed(Failure::new(
+                    FailureKind::Invalid,
+                    "this host knows nothing of its network",
+                    "update peer on that host",
+                )),
             },
             Request::Attach(_) | Request::Receive(_) | Request::Pull(_) => Outcome::Failed(Failure::new(
                 FailureKind::Invalid,
@@ -174,13 +190,14 @@ fn kind(request: &Request) -> &'static str {
         Request::Offer(_) => "offer",
         Request::Receive(_) => "receive",
         Request::Pull(_) => "pull",
+        Request::Network => "network",
     }
 }
 
 /// What was asked for, as the audit log keeps it: a command's text and the names of its variables, never their values.
 fn what(request: &Request) -> String {
     match request {
-        Request::Link(_) | Request::Candidates(_) | Request::Ping | Request::Jobs => String::new(),
+        Request::Link(_) | Request::Candidates(_) | Request::Ping | Request::Jobs | Request::Network => String::new(),
         Request::Exec(spec) => what_to_run(spec),
         Request::Attach(attach) if attach.owner => format!("{} as owner", attach.job),
         Request::Attach(attach) => attach.job.to_string(),
@@ -218,7 +235,8 @@ fn account(outcome: &Outcome) -> String {
         | Outcome::Jobs(_)
         | Outcome::Offered(_)
         | Outcome::Pulling
-        | Outcome::Receiving => "done".into(),
+        | Outcome::Receiving
+        | Outcome::Network(_) => "done".into(),
         Outcome::Job(report) => match report.end.as_ref().map(|end| &end.state) {
             None => "running".into(),
             Some(EndState::Exited(code)) => format!("exited {code}"),

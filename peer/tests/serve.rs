@@ -92,7 +92,7 @@ impl Host {
         let store = Store::volatile();
         let (policy, seen) = watch::channel(Arc::new(policy(mode)));
         let jobs = Jobs::new(store.clone(), JobsConfig::new(folder.path().into()));
-        let services = Services { jobs, files: None, policy: seen, store: store.clone() };
+        let services = Services { jobs, files: None, network: None, policy: seen, store: store.clone() };
         Self { folder, store, policy, services }
     }
 

@@ -34,6 +34,7 @@ pub mod nat64;
 pub mod pair;
 mod receive;
 pub mod reflexive;
+pub mod report;
 pub mod score;
 pub mod search;
 pub mod transaction;
@@ -161,6 +162,7 @@ pub struct Agent {
     // What the caller has not fetched.
     outbox: VecDeque<Transmit>,
     changed: bool,
+    began: Instant,
     now: Instant,
 }
 
@@ -201,6 +203,7 @@ impl Agent {
             is_metered: false,
             outbox: VecDeque::new(),
             changed: false,
+            began: now,
             now,
         }
     }

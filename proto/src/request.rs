@@ -9,6 +9,7 @@ use crate::id::JobId;
 
 pub mod exec;
 pub mod link;
+pub mod network;
 pub mod transfer;
 
 /// What one peer asks of another.
@@ -34,6 +35,8 @@ pub enum Request {
     Receive(transfer::ReceiveSpec),
     /// Serve ranges of an offered file; the stream goes on as [`transfer::RangeRequest`] and ranges. As a stream.
     Pull(transfer::PullSpec),
+    /// How does the network look from there, and that side of the link between us? As a message or a stream.
+    Network,
 }
 
 /// How a request ended, or how the stream that it heads begins.
@@ -57,6 +60,8 @@ pub enum Outcome {
     Receiving,
     /// The host does not do this.
     Failed(Failure),
+    /// Answer to [`Request::Network`].
+    Network(Box<network::NetworkReport>),
 }
 
 /// A failure that a person can act upon.

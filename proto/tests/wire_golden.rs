@@ -11,6 +11,7 @@ use peerfleet_proto::{
     admission,
     id::{InstanceId, JobId, PeerId, RequestId, Slot, Ticket},
     limits::MAX_FRAME_BYTES,
+    path::Reach,
     presence::{Epoch, Mode, Presence, PresenceOpener, PresenceSealer, Service},
     request::{
         Failure, FailureKind, Outcome, Request,
@@ -19,6 +20,10 @@ use peerfleet_proto::{
             JobSignal, JobSummary,
         },
         link::{Candidate, CandidateKind, CandidateUpdate, LinkAnswer, LinkOffer, Mapping, Nat, Ports, Route},
+        network::{
+            CheckOutcome, CheckReport, Choice, Filtering, MappingProtocol, NetworkReport, PathReport, PortMapping,
+            ResponderReport, SearchReport, TakenPath,
+        },
         transfer::{
             FileInfo, OfferSpec, Offered, PathNow, PathWish, Progress, PullSpec, RangeReply, RangeRequest, ReceiveSpec,
         },
@@ -246,6 +251,7 @@ golden! { requests: Request {
         "085555555555555555555555555555555501618080808004a40301ff93ebdc0311111111111111111111111111111111"
         "1111111111111111111111111111111122222222222222222222222222222222022f6201";
     Request::Pull(_) => Request::Pull(PullSpec { ticket: ticket() }), "0955555555555555555555555555555555";
+    Request::Network => Request::Network, "0a";
 }}
 
 golden! { outcomes: Outcome {
@@ -280,7 +286,102 @@ golden! { outcomes: Outcome {
     Outcome::Pulling => Outcome::Pulling, "06";
     Outcome::Receiving => Outcome::Receiving, "07";
     Outcome::Failed(_) => Outcome::Failed(failure()), "0804026e6f02646f";
+    Outcome::Network(_) => Outcome::Network(Box::new(network())),
+        "09010100020000c0000201903f010120010db8000000000000000000000001bb030100c0000201903f0100c000020190"
+        "3f010080b6dc0501010080b6dc05010102010001000109000100c0000201903f00010605ac02010080b6dc05060100c0"
+        "000201903f0080b6dc050800000102";
 }}
+
+golden! { outcomes_of_checks: CheckOutcome {
+    CheckOutcome::NotTried => CheckOutcome::NotTried, "00";
+    CheckOutcome::NoRoute => CheckOutcome::NoRoute, "01";
+    CheckOutcome::Planned => CheckOutcome::Planned, "02";
+    CheckOutcome::Waiting => CheckOutcome::Waiting, "03";
+    CheckOutcome::Silent => CheckOutcome::Silent, "04";
+    CheckOutcome::Forged => CheckOutcome::Forged, "05";
+    CheckOutcome::Answered => CheckOutcome::Answered, "06";
+    CheckOutcome::Lost => CheckOutcome::Lost, "07";
+    CheckOutcome::Distrusted => CheckOutcome::Distrusted, "08";
+}}
+
+golden! { reasons_of_a_choice: Choice {
+    Choice::Only => Choice::Only, "00";
+    Choice::Nearer(_) => Choice::Nearer(reached()), "0100c0000201903f";
+    Choice::Faster(_) => Choice::Faster(reached()), "0200c0000201903f";
+    Choice::Ipv6(_) => Choice::Ipv6(reached()), "0300c0000201903f";
+    Choice::Kind(_) => Choice::Kind(reached()), "0400c0000201903f";
+    Choice::Kept(_) => Choice::Kept(reached()), "0500c0000201903f";
+}}
+
+golden! { ways_to_filter: Filtering {
+    Filtering::Unknown => Filtering::Unknown, "00";
+    Filtering::EndpointIndependent => Filtering::EndpointIndependent, "01";
+    Filtering::AddressDependent => Filtering::AddressDependent, "02";
+    Filtering::AddressAndPortDependent => Filtering::AddressAndPortDependent, "03";
+}}
+
+golden! { port_mappings: PortMapping {
+    PortMapping::NoAnswer => PortMapping::NoAnswer, "00";
+    PortMapping::Refused => PortMapping::Refused, "01";
+    PortMapping::Open { .. } => PortMapping::Open { protocol: Some(MappingProtocol::NatPmp), addr: reached() },
+        "02010100c0000201903f";
+}}
+
+golden! { protocols_of_port_mappings: MappingProtocol {
+    MappingProtocol::Pcp => MappingProtocol::Pcp, "00";
+    MappingProtocol::NatPmp => MappingProtocol::NatPmp, "01";
+    MappingProtocol::Upnp => MappingProtocol::Upnp, "02";
+}}
+
+golden! { standings_of_a_search: SearchReport {
+    SearchReport::NoUse => SearchReport::NoUse, "00";
+    SearchReport::Waiting => SearchReport::Waiting, "01";
+    SearchReport::Running => SearchReport::Running, "02";
+    SearchReport::GivenUp => SearchReport::GivenUp, "03";
+}}
+
+golden! { how_near: Reach {
+    Reach::Loopback => Reach::Loopback, "00";
+    Reach::Lan => Reach::Lan, "01";
+    Reach::Wide => Reach::Wide, "02";
+}}
+
+fn reached() -> SocketAddr {
+    candidates()[0].addr
+}
+
+fn network() -> NetworkReport {
+    let (addr, rtt) = (reached(), Duration::from_millis(12));
+    let responder = ResponderReport { addr, seen: Some(addr), rtt: Some(rtt), unanswered: 1 };
+    let check = CheckReport {
+        addr,
+        kind: CandidateKind::Host,
+        reach: Reach::Lan,
+        sent: 6,
+        answered: 5,
+        heard: 300,
+        rtt: Some(rtt),
+        outcome: CheckOutcome::Answered,
+    };
+    NetworkReport {
+        udp: true,
+        routes_v4: true,
+        routes_v6: false,
+        candidates: candidates(),
+        responders: vec![responder],
+        relay_rtt: Some(rtt),
+        nat: Nat { mapping: Mapping::EndpointIndependent, ports: Ports::Preserving },
+        filtering: Filtering::AddressDependent,
+        hairpin: Some(false),
+        port_mapping: Some(PortMapping::NoAnswer),
+        path: Some(PathReport {
+            age: Duration::from_secs(9),
+            checks: vec![check],
+            taken: Some(TakenPath { addr, rtt, age: Duration::from_secs(8), why: Choice::Only }),
+            search: Some(SearchReport::Running),
+        }),
+    }
+}
 
 golden! { kinds_of_failure: FailureKind {
     FailureKind::Refused => FailureKind::Refused, "00";

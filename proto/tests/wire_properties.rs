@@ -7,6 +7,7 @@ use peerfleet_proto::{
     fault::Malformed,
     id::{InstanceId, JobId, PeerId, RequestId, Slot, Ticket},
     limits::{MAX_FRAME_BYTES, MAX_HEAD_BYTES, MAX_MULTICAST, MAX_MULTICAST_PART_BYTES},
+    path::Reach,
     presence::{Epoch, Mode, Presence, PresenceOpener, Service},
     request::{
         Failure, FailureKind, Outcome, Request,
@@ -15,6 +16,10 @@ use peerfleet_proto::{
             JobSignal, JobSummary,
         },
         link::{Candidate, CandidateKind, CandidateUpdate, LinkAnswer, LinkOffer, Mapping, Nat, Ports, Route},
+        network::{
+            CheckOutcome, CheckReport, Choice, Filtering, MappingProtocol, NetworkReport, PathReport, PortMapping,
+            ResponderReport, SearchReport, TakenPath,
+        },
         transfer::{
             FileInfo, OfferSpec, Offered, PathNow, PathWish, Progress, PullSpec, RangeReply, RangeRequest, ReceiveSpec,
         },
@@ -502,6 +507,7 @@ fn request() -> impl Strategy<Value = Request> {
         (payload(), peer()).prop_map(|(path, receiver)| Request::Offer(OfferSpec { path, receiver })),
         receive.prop_map(Request::Receive),
         ticket().prop_map(|ticket| Request::Pull(PullSpec { ticket })),
+        Just(Request::Network),
     ]
 }
 
@@ -533,7 +539,88 @@ fn outcome() -> impl Strategy<Value = Outcome> {
         Just(Outcome::Pulling),
         Just(Outcome::Receiving),
         failure().prop_map(Outcome::Failed),
+        network_report().prop_map(|report| Outcome::Network(Box::new(report))),
     ]
+}
+
+fn network_report() -> impl Strategy<Value = NetworkReport> {
+    let responder = (address(), option::of(address()), option::of(duration()), any::<u32>())
+        .prop_map(|(addr, seen, rtt, unanswered)| ResponderReport { addr, seen, rtt, unanswered });
+    let filtering = one_of(&[
+        Filtering::Unknown,
+        Filtering::EndpointIndependent,
+        Filtering::AddressDependent,
+        Filtering::AddressAndPortDependent,
+    ]);
+    let protocol = one_of(&[MappingProtocol::Pcp, MappingProtocol::NatPmp, MappingProtocol::Upnp]);
+    let port_mapping = prop_oneof![
+        Just(PortMapping::NoAnswer),
+        Just(PortMapping::Refused),
+        (option::of(protocol), address()).prop_map(|(protocol, addr)| PortMapping::Open { protocol, addr }),
+    ];
+    let ours = (any::<[bool; 3]>(), candidates(), vec(responder, 0..3), option::of(duration()));
+    let nat = (filtering, option::of(any::<bool>()), option::of(port_mapping), option::of(path_report()));
+    (ours, nat).prop_map(|((has, candidates, responders, relay_rtt), (filtering, hairpin, port_mapping, path))| {
+        let [udp, routes_v4, routes_v6] = has;
+        let nat = Nat::default();
+        NetworkReport {
+            udp,
+            routes_v4,
+            routes_v6,
+            candidates,
+            responders,
+            relay_rtt,
+            nat,
+            filtering,
+            hairpin,
+            port_mapping,
+            path,
+        }
+    })
+}
+
+fn path_report() -> impl Strategy<Value = PathReport> {
+    let why = prop_oneof![
+        Just(Choice::Only),
+        address().prop_map(Choice::Nearer),
+        address().prop_map(Choice::Faster),
+        address().prop_map(Choice::Ipv6),
+        address().prop_map(Choice::Kind),
+        address().prop_map(Choice::Kept),
+    ];
+    let taken =
+        (address(), duration(), duration(), why).prop_map(|(addr, rtt, age, why)| TakenPath { addr, rtt, age, why });
+    let search = one_of(&[SearchReport::NoUse, SearchReport::Waiting, SearchReport::Running, SearchReport::GivenUp]);
+    (duration(), vec(check_report(), 0..3), option::of(taken), option::of(search))
+        .prop_map(|(age, checks, taken, search)| PathReport { age, checks, taken, search })
+}
+
+fn check_report() -> impl Strategy<Value = CheckReport> {
+    let outcome = one_of(&[
+        CheckOutcome::NotTried,
+        CheckOutcome::NoRoute,
+        CheckOutcome::Planned,
+        CheckOutcome::Waiting,
+        CheckOutcome::Silent,
+        CheckOutcome::Forged,
+        CheckOutcome::Answered,
+        CheckOutcome::Lost,
+        CheckOutcome::Distrusted,
+    ]);
+    let reach = one_of(&[Reach::Loopback, Reach::Lan, Reach::Wide]);
+    let kind = one_of(&[CandidateKind::Host, CandidateKind::ServerReflexive, CandidateKind::PeerReflexive]);
+    (address(), kind, reach, any::<[u32; 3]>(), option::of(duration()), outcome).prop_map(
+        |(addr, kind, reach, [sent, answered, heard], rtt, outcome)| CheckReport {
+            addr,
+            kind,
+            reach,
+            sent,
+            answered,
+            heard,
+            rtt,
+            outcome,
+        },
+    )
 }
 
 fn captured() -> impl Strategy<Value = Captured> {

@@ -24,7 +24,7 @@ use std::{
     net::SocketAddr,
     sync::Arc,
     task::Poll,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
@@ -99,6 +99,8 @@ pub struct Health {
     pub queued_bytes: usize,
     /// Seconds since the start.
     pub uptime_s: u64,
+    /// The relay's clock: milliseconds since 1970 (UTC). Who asks can tell whether its own differs.
+    pub time_ms: u64,
     /// All counters.
     #[serde(flatten)]
     pub stats: Stats,
@@ -126,6 +128,9 @@ impl Core {
             peers: self.rooms.peers(),
             queued_bytes: self.rooms.queued_bytes(),
             uptime_s: self.started.elapsed().as_secs(),
+            time_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
             stats: self.metrics.stats(),
         }
     }

@@ -20,7 +20,7 @@ use crate::{
     fleet,
     machine::Host,
     mesh::AskProgress,
-    ui::Paint,
+    ui::{Paint, human_duration},
 };
 
 /// Time that a host may take to answer; one that takes longer is listed without a round trip.
@@ -52,6 +52,7 @@ struct Line<'a> {
     mode: String,
     path: Option<&'static str>,
     rtt_ms: Option<f64>,
+    age_s: Option<f64>,
     here: bool,
 }
 
@@ -70,7 +71,7 @@ impl Ls {
         } else {
             let rows: Vec<Vec<String>> =
                 hosts.iter().map(|host| row(host, rtts.get(&host.instance).copied())).collect();
-            context.ui.table(&["ID", "NAME", "TAGS", "OS/ARCH", "VERSION", "MODE", "PATH", "RTT"], &rows)?;
+            context.ui.table(&["ID", "NAME", "TAGS", "OS/ARCH", "VERSION", "MODE", "PATH", "RTT", "AGE"], &rows)?;
             let silent = hosts.iter().filter(|host| !host.here && !rtts.contains_key(&host.instance)).count();
             if silent > 0 {
                 let text = format!("{silent} did not answer within {} s", PING_DEADLINE.as_secs());
@@ -128,6 +129,7 @@ fn line(host: &Host, rtt: Option<Duration>) -> Line<'_> {
         mode: presence.mode.to_string(),
         path: path(host),
         rtt_ms: rtt.map(|rtt| (rtt.as_secs_f64() * 1e6).round() / 1e3),
+        age_s: host.link.age.map(|age| age.as_secs_f64()),
         here: host.here,
     }
 }
@@ -143,6 +145,7 @@ fn row(host: &Host, rtt: Option<Duration>) -> Vec<String> {
         presence.mode.to_string(),
         path(host).unwrap_or("-").to_owned(),
         rtt.map_or_else(|| "-".to_owned(), |rtt| format!("{:.1} ms", rtt.as_secs_f64() * 1e3)),
+        host.link.age.map_or_else(|| "-".to_owned(), human_duration),
     ]
 }
 

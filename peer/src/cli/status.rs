@@ -83,6 +83,8 @@ fn as_json(client: &Client, standing: &Standing, hosts: &[Host]) -> serde_json::
                 "name": host.name(),
                 "path": path(now),
                 "rtt_ms": host.link.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
+                "age_s": host.link.age.map(|age| age.as_secs_f64()),
+                "address": host.link.address,
                 "direct_bytes": host.link.direct_bytes,
                 "relayed_bytes": host.link.relayed_bytes,
             })
@@ -126,7 +128,7 @@ fn as_words(context: &Context, client: &Client, standing: &Standing, hosts: &[Ho
     let rows: Vec<Vec<String>> = links(hosts).map(|(host, now)| link_row(host, now)).collect();
     if !rows.is_empty() {
         context.ui.line("")?;
-        context.ui.table(&["LINK TO", "PATH", "RTT", "DIRECT", "RELAYED"], &rows)?;
+        context.ui.table(&["LINK TO", "PATH", "RTT", "AGE", "DIRECT", "RELAYED"], &rows)?;
     }
     Ok(())
 }
@@ -136,6 +138,7 @@ fn link_row(host: &Host, now: PathNow) -> Vec<String> {
         host.name().to_owned(),
         path(now).to_owned(),
         host.link.rtt.map_or_else(|| "-".to_owned(), |rtt| format!("{:.1} ms", rtt.as_secs_f64() * 1e3)),
+        host.link.age.map_or_else(|| "-".to_owned(), ui::human_duration),
         ui::human_bytes(host.link.direct_bytes),
         ui::human_bytes(host.link.relayed_bytes),
     ]

@@ -16,7 +16,7 @@ use crate::{
     },
     failure::{Failure, Result},
     machine::{Host, ModeChange, Status},
-    mesh::{AskFault, AskProgress, NotJoined, OpenFault, Stream},
+    mesh::{AskFault, AskProgress, NotJoined, OpenFault, Report, Stream},
 };
 
 /// Progress of asking many that waits to be read; the daemon waits beyond.
@@ -75,6 +75,20 @@ impl DoorClient {
         let reply = self.one_reply(Call::Joined { timeout }).await?;
         let Reply::Joined(joined) = reply else { return Err(self.odd(&reply)) };
         Ok(joined)
+    }
+
+    /// What the daemon knows of the network around it, and of its link to `about`.
+    ///
+    /// # Errors
+    /// If the daemon cannot be asked.
+    pub async fn report(
+        &self,
+        about: Option<InstanceId>,
+        fresh: bool,
+    ) -> Result<std::result::Result<Report, NotJoined>> {
+        let reply = self.one_reply(Call::Report { about, fresh }).await?;
+        let Reply::Report(report) = reply else { return Err(self.odd(&reply)) };
+        Ok(*report)
     }
 
     /// Changes what the daemon's machine lets others do.
@@ -205,7 +219,8 @@ impl DoorClient {
             | Reply::ModeSet(_)
             | Reply::Progress(..)
             | Reply::Opened(_)
-            | Reply::Answered(_) => "its answer does not belong to the question".to_owned(),
+            | Reply::Answered(_)
+            | Reply::Report(_) => "its answer does not belong to the question".to_owned(),
         };
         Failure::fixable("the peer that runs on this machine does not understand this command")
             .cause(cause)

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     machine::{Host, ModeChange, Status},
-    mesh::{AskProgress, NotJoined, OpenFault},
+    mesh::{AskProgress, NotJoined, OpenFault, Report},
 };
 
 /// Most instances in one [`Call::AskMany`]: with the request beside them they stay within a frame.
@@ -60,6 +60,13 @@ pub enum Call {
     AskHere(Request),
     /// Do this on this machine, with a stream behind it. Answered by [`Reply::Opened`].
     OpenHere(Request),
+    /// What is known of the network around? Answered by [`Reply::Report`].
+    Report {
+        /// The instance whose link it is about.
+        about: Option<InstanceId>,
+        /// Whether to measure anew.
+        fresh: bool,
+    },
 }
 
 /// What the daemon answers.
@@ -84,4 +91,6 @@ pub enum Reply {
         /// Its version.
         version: String,
     },
+    /// What is known of the network.
+    Report(Box<Result<Report, NotJoined>>),
 }

@@ -214,6 +214,10 @@ async fn answer(socket: UnixStream, machine: Arc<Machine>) -> io::Result<()> {
             let opened = machine.open_here(request).await;
             pass_stream(caller, probe, opened).await
         }
+        Call::Report { about, fresh } => {
+            let report = machine.report(about, fresh).await;
+            caller.send.write_frame(&Reply::Report(Box::new(report))).await
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
     access::Policy,
     exec::Jobs,
     mesh::{BoxFuture, Caller, Mesh, Roster, Serve, Stream, UplinkState},
-    serve::{Files, Services as Judged},
+    serve::{Files, Network, Services as Judged},
     store::Store,
     transfer::{Origin, Transfers},
 };
@@ -28,13 +28,30 @@ pub(super) fn for_others(
     policy: watch::Receiver<Arc<Policy>>,
     store: Store,
 ) -> Arc<dyn Serve> {
+    let network: Arc<dyn Network> = Arc::new(MeshNetwork(Arc::clone(&mesh)));
     let files: Arc<dyn Files> = Arc::new(MeshFiles { transfers, mesh });
-    Arc::new(Judged { jobs, files: Some(files), policy, store })
+    Arc::new(Judged { jobs, files: Some(files), network: Some(network), policy, store })
 }
 
 /// What this machine's own user asks of it, judged by the operating system alone.
 pub(super) fn for_here(transfers: Transfers, mesh: MeshCell) -> Arc<dyn Serve> {
     Arc::new(Here(MeshFiles { transfers, mesh }))
+}
+
+/// How the mesh sees the network.
+struct MeshNetwork(MeshCell);
+
+impl Network for MeshNetwork {
+    fn report(&self, caller: Caller) -> BoxFuture<Outcome> {
+        let mesh = self.0.get().cloned();
+        Box::pin(async move {
+            let Some(mesh) = mesh else { return Outcome::Failed(starting()) };
+            match mesh.report(Some(caller.instance), false).await {
+                Ok(report) => Outcome::Network(Box::new(report.network)),
+                Err(why) => Outcome::Failed(Failure::new(FailureKind::Unreachable, why.to_string(), "try again")),
+            }
+        })
+    }
 }
 
 /// Transfers whose lanes go over the mesh.

@@ -43,7 +43,10 @@ use super::{
 use crate::random::{self, SystemRandom};
 
 mod links;
+mod report;
 mod room;
+
+pub(super) use report::ReportWanted;
 
 /// Inputs handled before what came of them goes out: one turn of a busy room stays below a millisecond.
 const BATCH: usize = 64;
@@ -96,6 +99,8 @@ pub(super) enum Command {
         /// Who waits.
         reply: Reply,
     },
+    /// Tell what is known of the network around.
+    Report(ReportWanted),
     /// Tell the room another mode.
     SetMode(Mode),
     /// Leave.
@@ -114,6 +119,8 @@ pub(super) struct Actor {
     relay_source: Option<IpAddr>,
     line_trouble: Option<NotJoined>,
     outgoing: Option<ToRelay>,
+    relay_rtt: Option<Duration>,
+    wants_ping: bool,
     presence: Presence,
     sealer: PresenceSealer,
     opener: PresenceOpener,
@@ -198,6 +205,8 @@ impl Actor {
             relay_source: None,
             line_trouble: None,
             outgoing: None,
+            relay_rtt: None,
+            wants_ping: false,
             presence,
             sealer,
             opener: PresenceOpener::new(keys),
@@ -317,6 +326,7 @@ impl Actor {
                 self.ask_many(&to, *request, deadline, &progress, now);
             }
             Command::Link { to, route, reply } => self.want_link(to, route, reply, now).await,
+            Command::Report(wanted) => self.report(wanted, now).await,
             Command::SetMode(mode) => {
                 if self.presence.mode != mode {
                     self.presence.mode = mode;

@@ -298,11 +298,11 @@ impl Book {
     }
 
     /// A link travels another way now.
-    pub(super) fn moved(&mut self, remote: &Remote, direct_rtt: Option<Duration>) {
+    pub(super) fn moved(&mut self, remote: &Remote, is_direct: bool) {
         let key = (remote.instance, remote.route);
-        self.views.moved(key, direct_rtt);
+        self.views.moved(key);
         if let Some(entry) = self.entries.get(&key) {
-            entry.direct.send_replace(direct_rtt.is_some());
+            entry.direct.send_replace(is_direct);
             entry.connection.iter().for_each(kick);
         }
     }

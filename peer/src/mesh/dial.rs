@@ -70,6 +70,15 @@ pub(super) async fn dial(url: &RelayUrl, config: &DialConfig) -> Result<Dialled,
     Attempt { url, config, deadline: Instant::now() + DIAL_DEADLINE }.dial().await
 }
 
+/// A connection to a relay, wrapped into TLS if its URL says so, on which nothing was asked yet, and the relay's addresses,
+/// the one connected to first.
+///
+/// # Errors
+/// [`DialFault`], after [`DIAL_DEADLINE`] at the latest.
+pub(super) async fn connect(url: &RelayUrl, config: &DialConfig) -> Result<(Transport, Vec<SocketAddr>), DialFault> {
+    Attempt { url, config, deadline: Instant::now() + DIAL_DEADLINE }.reach().await
+}
+
 /// One try to connect.
 struct Attempt<'a> {
     url: &'a RelayUrl,
@@ -79,18 +88,24 @@ struct Attempt<'a> {
 
 impl Attempt<'_> {
     async fn dial(&self) -> Result<Dialled, DialFault> {
-        let (stream, addresses) = match &self.config.proxy {
-            Some(proxy) => self.through(proxy).await?,
-            None => self.directly().await?,
-        };
+        let (stream, addresses) = self.reach().await?;
         let relay = Party::Relay(self.url.authority());
-        let stream =
-            if self.url.is_secure() { self.wrap(stream, self.url.host(), relay.clone()).await? } else { stream };
         let request = upgrade::request(self.url);
         let upgrading = client_async_with_config(request, stream, Some(websocket_config()));
         let upgraded = self.within(Step::Upgrade, &relay, upgrading).await?;
         let (socket, _response) = upgraded.map_err(|error| upgrade::fault(self.url, error))?;
         Ok(Dialled { socket, addresses })
+    }
+
+    /// All that comes before the first word to the relay.
+    async fn reach(&self) -> Result<(Transport, Vec<SocketAddr>), DialFault> {
+        let (stream, addresses) = match &self.config.proxy {
+            Some(proxy) => self.through(proxy).await?,
+            None => self.directly().await?,
+        };
+        let relay = Party::Relay(self.url.authority());
+        let stream = if self.url.is_secure() { self.wrap(stream, self.url.host(), relay).await? } else { stream };
+        Ok((stream, addresses))
     }
 
     async fn directly(&self) -> Result<(Transport, Vec<SocketAddr>), DialFault> {

@@ -20,7 +20,10 @@ use peerfleet_proto::{
         nat64::Prefix,
         search::{Shot, SocketId},
     },
-    request::link::{Candidate, CandidateKind, Nat},
+    request::{
+        link::{Candidate, CandidateKind, Nat},
+        network::{NetworkReport, PortMapping},
+    },
 };
 use quinn::Connection;
 
@@ -29,6 +32,7 @@ use super::{
     evidence::{Evidence, Finding},
     interfaces::{Interface, host_candidates, interfaces, networks, source_towards},
     mtu,
+    report::{routes, with_routes},
     routes::{Remote, Routes},
     search::{SearchEvent, Searches},
     socket::FromSocket,
@@ -172,6 +176,31 @@ impl Paths {
         mtu::plausible(&self.interfaces, theirs)
     }
 
+    /// Asks anew how others see us. Links notice nothing, unless the answer is another one than before.
+    pub(super) fn measure(&mut self, now: Instant) {
+        if self.socket.is_some() {
+            self.reflexive.refresh(now);
+        }
+    }
+
+    /// What is known of the network around, and of the path to this remote.
+    pub(super) fn report(&self, about: Option<&Remote>, now: Instant) -> NetworkReport {
+        let agent = about.and_then(|remote| self.agents.get(&remote.mapped));
+        let (routes_v4, routes_v6) = routes();
+        NetworkReport {
+            routes_v4,
+            routes_v6,
+            udp: self.socket.is_some(),
+            candidates: self.candidates(),
+            responders: self.reflexive.report(),
+            nat: self.nat,
+            hairpin: self.hairpin.outcome(),
+            port_mapping: self.mapped.map(|addr| PortMapping::Open { protocol: None, addr }),
+            path: agent.map(|agent| with_routes(agent.report(now))),
+            ..NetworkReport::default()
+        }
+    }
+
     /// A link was agreed that may travel directly.
     pub(super) fn add(&mut self, agreed: Agreed, there: Whereabouts, now: Instant) {
         if self.socket.is_none() {
@@ -244,6 +273,9 @@ impl Paths {
         if let (Some(mapped), Handled::Check | Handled::Answer) = self.agents.handle_packet(from, packet, now)
             && let Some(link) = self.links.get(&mapped)
         {
+            if let Some(path) = self.agents.get(&mapped).and_then(Agent::path) {
+                link.remote.set_direct_rtt(path.rtt);
+            }
             return routes.prove_source(&link.remote, from);
         }
         self.searches.handle_stun(via, from, packet, now);

@@ -97,6 +97,11 @@ impl Members {
         self.uplink
     }
 
+    /// How the connection to the relay stands, and why the room was not joined at the last try.
+    pub(super) fn standing(&self) -> (UplinkState, Option<NotJoined>) {
+        (self.uplink, self.trouble.clone())
+    }
+
     /// Something that the roster shows has changed.
     pub(super) fn changed(&mut self, now: Instant) {
         let earliest = self.published.map_or(now, |published| published + PUBLISH_EVERY);

@@ -12,6 +12,7 @@ use std::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use peerfleet_proto::{
@@ -72,6 +73,7 @@ pub(super) struct Remote {
     was_direct: AtomicBool,
     plausible_mtu: AtomicU16,
     kept: RwLock<Option<(SocketAddr, Arc<Udp>)>>,
+    direct_rtt_us: AtomicU64,
     direct_bytes: AtomicU64,
     relayed_bytes: AtomicU64,
     sent_note_ms: AtomicU64,
@@ -128,6 +130,16 @@ impl Remote {
     /// Packets to one address leave by a socket of its own from now on; the one before is closed.
     pub(super) fn set_kept(&self, kept: Option<(SocketAddr, Arc<Udp>)>) {
         *self.kept.write().unwrap_or_else(PoisonError::into_inner) = kept;
+    }
+
+    /// The direct path's round trip, as it was measured last; zero before.
+    pub(super) fn direct_rtt(&self) -> Duration {
+        Duration::from_micros(self.direct_rtt_us.load(Ordering::Relaxed))
+    }
+
+    /// The direct path's round trip was measured.
+    pub(super) fn set_direct_rtt(&self, rtt: Duration) {
+        self.direct_rtt_us.store(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// The relay's number for the other end, while it has one.
@@ -216,6 +228,7 @@ impl Routes {
             was_direct: AtomicBool::new(false),
             plausible_mtu: AtomicU16::new(mtu::USUAL),
             kept: RwLock::new(None),
+            direct_rtt_us: AtomicU64::new(0),
             direct_bytes: AtomicU64::new(0),
             relayed_bytes: AtomicU64::new(0),
             sent_note_ms: AtomicU64::new(0),

@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     NotJoined,
-    dial::{DialConfig, DialFault, Dialled, RelayUrl, dial},
+    dial::{DialConfig, DialFault, Dialled, Proxy, RelayUrl, dial},
     socket::Switch,
     wire::{FromRelay, INBOUND_FRAMES, ToRelay, Wire, WireFault},
 };
@@ -34,8 +34,8 @@ pub(super) enum LineEvent {
     Connected(Vec<SocketAddr>),
     /// The relay sent a frame.
     Frame(RelayFrame),
-    /// The relay gave a sign of life.
-    Heard,
+    /// The relay gave a sign of life; the round trip, if it answers the last ping.
+    Heard(Option<Duration>),
     /// It ended, or could not be made.
     Ended(NotJoined),
 }
@@ -58,6 +58,11 @@ impl Line {
     /// A line that is not connected.
     pub(super) fn new(url: RelayUrl, config: DialConfig, switch: Arc<Switch>) -> Self {
         Self { url, config: Arc::new(config), switch, state: State::Idle }
+    }
+
+    /// Host and port of the proxy on the way, if there is one.
+    pub(super) fn proxy(&self) -> Option<String> {
+        self.config.proxy.as_ref().map(Proxy::authority)
     }
 
     /// Starts to connect.
@@ -120,7 +125,7 @@ impl Line {
             }
             State::Up { inbound, wire, .. } => match inbound.recv().await {
                 Some(FromRelay::Frame(frame)) => LineEvent::Frame(frame),
-                Some(FromRelay::Heard) => LineEvent::Heard,
+                Some(FromRelay::Heard(rtt)) => LineEvent::Heard(rtt),
                 None => {
                     let why = wire.await.map_or_else(|error| error.to_string(), |fault| fault.to_string());
                     self.state = State::Idle;
@@ -135,7 +140,7 @@ impl Line {
         let State::Up { inbound, .. } = &mut self.state else { return None };
         match inbound.try_recv().ok()? {
             FromRelay::Frame(frame) => Some(LineEvent::Frame(frame)),
-            FromRelay::Heard => Some(LineEvent::Heard),
+            FromRelay::Heard(rtt) => Some(LineEvent::Heard(rtt)),
         }
     }
 

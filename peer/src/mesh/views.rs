@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::Instant,
 };
 
 use peerfleet_proto::request::transfer::PathNow;
@@ -22,7 +22,8 @@ pub(super) struct Views(Mutex<HashMap<Key, View>>);
 struct View {
     remote: Arc<Remote>,
     connection: Option<Connection>,
-    direct_rtt: Option<Duration>,
+    /// When it began to travel as it does.
+    since: Instant,
 }
 
 impl Views {
@@ -31,16 +32,18 @@ impl Views {
         let views = self.lock();
         let Some(view) = views.get(&key) else { return PathView::default() };
         let (direct_bytes, relayed_bytes) = view.remote.bytes();
-        let is_direct = view.remote.direct().is_some();
+        let address = view.remote.direct().filter(|_| view.connection.is_some());
+        let is_direct = address.is_some();
         let now = view.connection.as_ref().map(|_| if is_direct { PathNow::Direct } else { PathNow::Relayed });
         let measured = view.connection.as_ref().map(Connection::rtt);
-        let rtt = if is_direct { view.direct_rtt.or(measured) } else { measured };
-        PathView { now, rtt, direct_bytes, relayed_bytes }
+        let rtt = if is_direct { Some(view.remote.direct_rtt()) } else { measured };
+        let age = now.map(|_| view.since.elapsed());
+        PathView { now, rtt, age, address, direct_bytes, relayed_bytes }
     }
 
     /// A link that is not up yet.
     pub(super) fn add(&self, key: Key, remote: &Arc<Remote>) {
-        let view = View { remote: Arc::clone(remote), connection: None, direct_rtt: None };
+        let view = View { remote: Arc::clone(remote), connection: None, since: Instant::now() };
         self.lock().insert(key, view);
     }
 
@@ -48,13 +51,14 @@ impl Views {
     pub(super) fn up(&self, key: Key, connection: Connection) {
         if let Some(view) = self.lock().get_mut(&key) {
             view.connection = Some(connection);
+            view.since = Instant::now();
         }
     }
 
-    /// A link travels another way: directly with this round trip, or by way of the relay.
-    pub(super) fn moved(&self, key: Key, direct_rtt: Option<Duration>) {
+    /// A link travels another way from now on.
+    pub(super) fn moved(&self, key: Key) {
         if let Some(view) = self.lock().get_mut(&key) {
-            view.direct_rtt = direct_rtt;
+            view.since = Instant::now();
         }
     }
 

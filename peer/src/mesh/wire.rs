@@ -11,6 +11,7 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -44,8 +45,8 @@ pub(super) enum ToRelay {
 pub(super) enum FromRelay {
     /// A frame.
     Frame(RelayFrame),
-    /// A sign of life.
-    Heard,
+    /// A sign of life; the round trip, if it answers the last ping.
+    Heard(Option<Duration>),
 }
 
 /// Why a connection to the relay ended.
@@ -74,6 +75,8 @@ pub(super) struct Wire {
     waiting: Option<FromRelay>,
     unflushed: usize,
     leaving: bool,
+    /// The number of the last ping, and when it was written.
+    pinged: (u32, Option<Instant>),
 }
 
 impl Wire {
@@ -86,7 +89,7 @@ impl Wire {
     ) -> Self {
         // What piled up for an earlier connection names slots that are gone.
         switch.to_relay.clear();
-        Self { socket, switch, outbound, inbound, waiting: None, unflushed: 0, leaving: false }
+        Self { socket, switch, outbound, inbound, waiting: None, unflushed: 0, leaving: false, pinged: (0, None) }
     }
 
     /// Reads and writes until the connection ends.
@@ -140,7 +143,8 @@ impl Wire {
                     self.waiting = Some(FromRelay::Frame(RelayFrame::read(&Bytes::copy_from_slice(&frame))?));
                 }
             },
-            Message::Pong(_) | Message::Ping(_) => self.waiting = Some(FromRelay::Heard),
+            Message::Pong(payload) => self.waiting = Some(FromRelay::Heard(self.round_trip(&payload))),
+            Message::Ping(_) => self.waiting = Some(FromRelay::Heard(None)),
             Message::Text(_) | Message::Close(_) | Message::Frame(_) => {}
         }
         Ok(())
@@ -167,7 +171,7 @@ impl Wire {
         if !self.leaving {
             match self.outbound.poll_recv(cx) {
                 Poll::Ready(Some(ToRelay::Frame(frame))) => return Some(Message::Binary(frame)),
-                Poll::Ready(Some(ToRelay::Ping)) => return Some(Message::Ping(Bytes::new())),
+                Poll::Ready(Some(ToRelay::Ping)) => return Some(self.ping()),
                 Poll::Ready(None) => self.leaving = true,
                 Poll::Pending => {}
             }
@@ -176,6 +180,18 @@ impl Wire {
             Poll::Ready(frame) => Some(Message::Binary(frame)),
             Poll::Pending => None,
         }
+    }
+
+    /// A ping that its pong is known by: a relay answers several with the last one's (RFC 6455 §5.5.3).
+    fn ping(&mut self) -> Message {
+        let number = self.pinged.0.wrapping_add(1);
+        self.pinged = (number, Some(Instant::now()));
+        Message::Ping(Bytes::copy_from_slice(&number.to_be_bytes()))
+    }
+
+    fn round_trip(&mut self, payload: &[u8]) -> Option<Duration> {
+        let (number, at) = &mut self.pinged;
+        (payload == number.to_be_bytes()).then(|| at.take())?.map(|at| at.elapsed())
     }
 
     fn close(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WireFault>> {

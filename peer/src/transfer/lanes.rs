@@ -143,7 +143,8 @@ fn agreed(outcome: Outcome, stream: Stream) -> Result<Stream, LaneFault> {
         | Outcome::Attached(_)
         | Outcome::Jobs(_)
         | Outcome::Offered(_)
-        | Outcome::Receiving => Err(LaneFault::Lost("the source answered something else".to_owned())),
+        | Outcome::Receiving
+        | Outcome::Network(_) => Err(LaneFault::Lost("the source answered something else".to_owned())),
     }
 }
 

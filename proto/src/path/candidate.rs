@@ -10,12 +10,14 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use serde::{Deserialize, Serialize};
+
 pub use crate::request::link::{Candidate, CandidateKind};
 
 use crate::limits::MAX_CANDIDATES;
 
 /// How far away an address is, nearest first: the first thing that a path is chosen by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reach {
     /// This machine.
     Loopback,

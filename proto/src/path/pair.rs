@@ -41,6 +41,8 @@ pub(super) struct Pair {
     pub(super) kind: CandidateKind,
     /// When it is checked.
     pub(super) plan: Plan,
+    /// What was sent to it and came from it.
+    pub(super) tally: Tally,
     proof: Option<Proof>,
     /// How the other side sees us on this path.
     seen_as: Option<SocketAddr>,
@@ -54,6 +56,23 @@ struct Distrust {
     pause: Duration,
 }
 
+/// What was sent to an address and came from it; for people, nothing is decided by it.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// Checks sent.
+    pub(super) sent: u32,
+    /// How many of them were answered.
+    pub(super) answered: u32,
+    /// Checks since the last answer.
+    pub(super) unanswered: u32,
+    /// The other side's checks.
+    pub(super) heard: u32,
+    /// Whether something came that the other side did not sign.
+    pub(super) forged: bool,
+    /// When the last check was sent.
+    pub(super) sent_at: Option<Instant>,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Proof {
     rtt: Duration,
@@ -62,7 +81,7 @@ struct Proof {
 
 impl Pair {
     fn new(kind: CandidateKind) -> Self {
-        Self { kind, plan: Plan::default(), proof: None, seen_as: None, distrust: None }
+        Self { kind, plan: Plan::default(), tally: Tally::default(), proof: None, seen_as: None, distrust: None }
     }
 
     /// Whether it was ever proved.
@@ -102,6 +121,11 @@ impl Pair {
         self.proof.is_some_and(|proof| proof.at + RTT_FRESH > now)
     }
 
+    /// When a check of it was answered last.
+    pub(super) fn proved_at(&self) -> Option<Instant> {
+        self.proof.map(|proof| proof.at)
+    }
+
     /// A check of it was answered after `sample`.
     pub(super) fn proved(&mut self, sample: Duration, now: Instant) {
         let rtt = match self.proof {
@@ -110,6 +134,16 @@ impl Pair {
         };
         self.proof = Some(Proof { rtt, at: now });
         self.plan.finish();
+        self.tally.answered = self.tally.answered.saturating_add(1);
+        self.tally.unanswered = 0;
+    }
+
+    /// A check of it was sent.
+    fn checked(&mut self, now: Instant) {
+        self.plan.sent(now);
+        self.tally.sent = self.tally.sent.saturating_add(1);
+        self.tally.unanswered = self.tally.unanswered.saturating_add(1);
+        self.tally.sent_at = Some(now);
     }
 }
 
@@ -231,7 +265,7 @@ impl Pairs {
         });
         let to = first.map(|(_, addr, _)| *addr)?;
         self.ledger.spend(to, now);
-        self.pairs.get_mut(&to)?.plan.sent(now);
+        self.pairs.get_mut(&to)?.checked(now);
         Some(to)
     }
 
@@ -254,6 +288,16 @@ impl Pairs {
     /// How near an address is.
     pub(super) fn reach(&self, addr: &SocketAddr) -> Reach {
         self.local.reach(*addr)
+    }
+
+    /// Every pair, by its address.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (SocketAddr, &Pair)> {
+        self.pairs.iter().map(|(addr, pair)| (*addr, pair))
+    }
+
+    /// The other side's candidates that are not checked from here.
+    pub(super) fn untried(&self) -> impl Iterator<Item = (SocketAddr, CandidateKind)> {
+        self.remote.iter().filter(|(addr, _)| !self.contains(addr)).map(|(addr, kind)| (*addr, *kind))
     }
 
     fn due(&self) -> impl Iterator<Item = (Instant, &SocketAddr, &Pair)> {

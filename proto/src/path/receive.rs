@@ -21,6 +21,9 @@ impl Agent {
                 Class::Indication | Class::Error => Err(Ignored::NotOurs),
             },
         };
+        if let (Err(Ignored::Forged), Some(pair)) = (&handled, self.pairs.get_mut(&from)) {
+            pair.tally.forged = true;
+        }
         self.drive(now);
         handled.unwrap_or_else(Handled::Ignored)
     }
@@ -60,6 +63,7 @@ impl Agent {
     fn check_back(&mut self, from: SocketAddr, now: Instant) {
         let current = self.current();
         let Some(pair) = self.pairs.learn(from, current, now) else { return };
+        pair.tally.heard = pair.tally.heard.saturating_add(1);
         let is_new = !pair.is_proved();
         match &mut self.state {
             State::Punching { .. } => pair.plan.check_back(now),

@@ -20,7 +20,10 @@ use super::{
     mapping::{Mapping, mapping},
     transaction::{Transactions, Unasked},
 };
-use crate::stun::{Class, Draft, Message};
+use crate::{
+    request::network::ResponderReport,
+    stun::{Class, Draft, Message},
+};
 
 /// When a request is sent, after the first: RFC 8489 §6.2.1 with its RTO of 500 ms, but five requests in place of seven.
 /// Whoever does not answer within 12 s is better asked afresh, from the mapping that there is then.
@@ -75,6 +78,10 @@ pub struct Reflexive {
 struct Responder {
     state: State,
     seen: Option<SocketAddr>,
+    /// Round trip of the last answer.
+    rtt: Option<Duration>,
+    /// Requests sent since the last answer, or since it was asked afresh.
+    unanswered: u32,
 }
 
 #[derive(Debug)]
@@ -117,7 +124,8 @@ impl Reflexive {
         self.witnesses.retain(|addr| !self.chosen.contains(addr));
         self.responders.retain(|addr, _| self.chosen.contains(addr) || self.witnesses.contains(addr));
         for addr in self.chosen.iter().chain(&self.witnesses) {
-            self.responders.entry(*addr).or_insert(Responder { state: State::asking(now, RETRY_MIN), seen: None });
+            let state = State::asking(now, RETRY_MIN);
+            self.responders.entry(*addr).or_insert(Responder { state, seen: None, rtt: None, unanswered: 0 });
         }
         self.compare();
         self.drive(now);
@@ -133,6 +141,8 @@ impl Reflexive {
     pub fn refresh(&mut self, now: Instant) {
         for responder in self.responders.values_mut() {
             responder.state = State::asking(now, RETRY_MIN);
+            responder.rtt = None;
+            responder.unanswered = 0;
         }
         self.drive(now);
     }
@@ -170,6 +180,15 @@ impl Reflexive {
         family.filter_map(|(addr, responder)| Some((*addr, responder.seen?))).next()
     }
 
+    /// What asking brought, by responder.
+    pub fn report(&self) -> Vec<ResponderReport> {
+        let told = |(addr, responder): (&SocketAddr, &Responder)| {
+            let Responder { state: _, seen, rtt, unanswered } = *responder;
+            ResponderReport { addr: *addr, seen, rtt, unanswered }
+        };
+        self.responders.iter().map(told).collect()
+    }
+
     /// What to send.
     pub fn poll_transmit(&mut self) -> Option<Transmit> {
         self.outbox.pop_front()
@@ -200,7 +219,7 @@ impl Reflexive {
         if !answer.is_binding() || answer.class() != Class::Success {
             return Err(Ignored::NotOurs);
         }
-        self.transactions.find(answer.transaction(), from, now).map_err(|unasked| match unasked {
+        let asked_at = self.transactions.find(answer.transaction(), from, now).map_err(|unasked| match unasked {
             Unasked::Unknown => Ignored::NotOurs,
             Unasked::WrongSource => Ignored::WrongSource,
         })?;
@@ -211,6 +230,8 @@ impl Reflexive {
         self.transactions.end(answer.transaction());
         if let Some(responder) = self.responders.get_mut(&from) {
             responder.state = State::Known { at: now };
+            responder.rtt = Some(now.saturating_duration_since(asked_at));
+            responder.unanswered = 0;
             let before = responder.seen.replace(seen);
             if before != Some(seen) && self.chosen.contains(&from) {
                 self.events.push_back(ReflexiveEvent::Found(seen));
@@ -254,6 +275,7 @@ impl Reflexive {
                 continue;
             }
             if responder.state.advance(now) {
+                responder.unanswered = responder.unanswered.saturating_add(1);
                 let bytes = Draft::new(Class::Request, self.transactions.begin(*addr, now)).padding().finish();
                 self.outbox.push_back(Transmit { to: *addr, bytes });
             }

@@ -163,11 +163,12 @@ impl Actor {
         if let Some(direct) = direct {
             tracing::debug!(instance = %remote.instance, addr = %direct.addr, rtt = ?direct.rtt, "packets travel directly");
             self.switch.routes.prove_source(remote, direct.addr);
+            remote.set_direct_rtt(direct.rtt);
         } else {
             tracing::debug!(instance = %remote.instance, "packets travel by way of the relay");
         }
         remote.set_direct(direct.map(|direct| direct.addr));
-        self.book.moved(remote, direct.map(|direct| direct.rtt));
+        self.book.moved(remote, direct.is_some());
     }
 
     fn tell_whereabouts(&mut self, here: &Whereabouts, now: Instant) {
@@ -193,7 +194,7 @@ impl Actor {
         }
     }
 
-    async fn start_links(&mut self, now: Instant) -> Result<(), OpenFault> {
+    pub(super) async fn start_links(&mut self, now: Instant) -> Result<(), OpenFault> {
         match self.book.start().await {
             Ok(Some(socket)) => self.paths.open(socket, now),
             Ok(None) => {}

@@ -11,7 +11,9 @@ use peerfleet_proto::{
 };
 
 use super::{Actor, LineEvent};
-use crate::mesh::{Caller, NotJoined, interfaces::source_towards, path::Whereabouts, roster::Member, wire::ToRelay};
+use crate::mesh::{
+    Caller, NotJoined, UplinkState, interfaces::source_towards, path::Whereabouts, roster::Member, wire::ToRelay,
+};
 
 impl Actor {
     /// Something happened on the line to the relay.
@@ -21,7 +23,10 @@ impl Actor {
                 self.relay = addresses;
                 self.uplink.handle_connected(now);
             }
-            LineEvent::Heard => self.uplink.handle_heard(now),
+            LineEvent::Heard(rtt) => {
+                self.relay_rtt = rtt.or(self.relay_rtt);
+                self.uplink.handle_heard(now);
+            }
             LineEvent::Ended(why) => {
                 tracing::debug!(cause = %why, hint = why.hint, "no connection to the relay");
                 self.line_trouble = Some(why);
@@ -119,6 +124,7 @@ impl Actor {
         self.members.set_lost(trouble, now);
         // What was to be sent names slots that are gone.
         self.outgoing = None;
+        self.relay_rtt = None;
     }
 
     /// The next frame for the relay: the uplink's own first.
@@ -126,6 +132,10 @@ impl Actor {
         match self.uplink.poll_transmit() {
             Some(uplink::Transmit::Frame(frame)) => return Some(ToRelay::Frame(frame)),
             Some(uplink::Transmit::Ping) => return Some(ToRelay::Ping),
+            // Before that there is nobody to answer it.
+            None if self.members.uplink() == UplinkState::Joined && std::mem::take(&mut self.wants_ping) => {
+                return Some(ToRelay::Ping);
+            }
             None => {}
         }
         self.exchange.poll_transmit().map(ToRelay::Frame)
@@ -152,7 +162,8 @@ impl Actor {
                     | Request::Cancel(_)
                     | Request::Offer(_)
                     | Request::Receive(_)
-                    | Request::Pull(_)) => self.serve(caller, id, request, now),
+                    | Request::Pull(_)
+                    | Request::Network) => self.serve(caller, id, request, now),
                 }
             }
             exchange::Event::Accepted { id } => self.asks.accepted(id),

@@ -80,6 +80,11 @@ impl Proxy {
         self.port
     }
 
+    /// Host and port, without credentials.
+    pub(in crate::mesh) fn authority(&self) -> String {
+        authority(&self.host, self.port)
+    }
+
     /// Whether it is itself reached by TLS.
     pub(super) fn is_secure(&self) -> bool {
         self.secure
@@ -94,7 +99,7 @@ impl Proxy {
 impl fmt::Display for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let scheme = if self.secure { "https" } else { "http" };
-        write!(f, "{scheme}://{}", authority(&self.host, self.port))
+        write!(f, "{scheme}://{}", self.authority())
     }
 }
 

@@ -44,7 +44,7 @@ impl RelayUrl {
     }
 
     /// The prefix in front of the relay's own path, empty or with a leading slash.
-    pub(super) fn prefix(&self) -> &str {
+    pub(in crate::mesh) fn prefix(&self) -> &str {
         &self.base
     }
 
@@ -59,7 +59,7 @@ impl RelayUrl {
     }
 
     /// Host, and the port where it is not that of the scheme: some servers choose a site by this very text.
-    pub(super) fn host_header(&self) -> String {
+    pub(in crate::mesh) fn host_header(&self) -> String {
         let authority = self.authority();
         let usual = format!(":{}", usual_port(self.secure));
         authority.strip_suffix(&usual).map(str::to_owned).unwrap_or(authority)
