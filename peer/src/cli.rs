@@ -17,6 +17,7 @@ use crate::{
 mod cancel;
 mod completions;
 mod context;
+mod doctor;
 mod exec;
 mod fleet;
 mod id;
@@ -55,6 +56,7 @@ Examples:
   PEER_TOKEN=pft1-… peer run --relay ws://192.168.1.5:8080    join from another machine
   peer run --relay wss://example.net/fleet --token-file ./token    likewise, by TLS on port 443
   peer ls                                             who is there
+  peer doctor web-1                                   how it is reached, and why not better
   peer exec web-1 -- uname -a                         run a command on one host
   peer fleet exec --target 'web & os:linux' -- uptime      run it on many
   peer send-file ./site.tar web-1:/srv/               send a file";
@@ -105,6 +107,7 @@ enum Command {
     Run(run::Run),
     Ls(ls::Ls),
     Status(status::Status),
+    Doctor(doctor::Doctor),
     Token(token::Token),
     Id(id::Id),
     Mode(mode::Mode),
@@ -147,6 +150,7 @@ async fn run(cli: Cli, env: Env, ui: Ui) -> Result<u8> {
         Command::Run(run) => run.run(&context).await,
         Command::Ls(ls) => ls.run(&context).await,
         Command::Status(status) => status.run(&context).await,
+        Command::Doctor(doctor) => doctor.run(&context).await,
         Command::Token(token) => token.run(&context),
         Command::Id(id) => id.run(&context),
         Command::Mode(mode) => mode.run(&context).await,

@@ -22,6 +22,7 @@ use crate::{
     mesh::{AskFault, AskProgress, NotJoined, OpenFault, Report, Stream},
 };
 
+pub mod doctor;
 mod door;
 pub mod exec;
 pub mod send;

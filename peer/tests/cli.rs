@@ -21,12 +21,13 @@ mod send_file;
 
 use machine::{Machine, host, introduce};
 
-const COMMANDS: [&str; 16] = [
+const COMMANDS: [&str; 17] = [
     "",
     "up",
     "run",
     "ls",
     "status",
+    "doctor",
     "token",
     "token new",
     "id",
@@ -52,6 +53,12 @@ async fn help_of_every_command_shows_examples_on_stdout() {
             assert!(examples.contains(last) && examples.contains("peer"), "{command}: {examples}");
         }
     }
+}
+
+#[tokio::test]
+async fn the_help_of_doctor_is_as_agreed() {
+    let said = Machine::new().peer("doctor --help").await;
+    assert_eq!(said.text(), include_str!("cli/doctor.help"));
 }
 
 #[tokio::test]

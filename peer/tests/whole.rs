@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "whole/doctor.rs"]
+mod doctor;
 #[path = "whole/kill.rs"]
 mod kill;
 #[path = "whole/rights.rs"]

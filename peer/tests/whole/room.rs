@@ -132,14 +132,19 @@ impl Room {
     }
 
     pub(crate) fn named(name: &str) -> Self {
-        Self::within(None, name)
+        Self::with_relay(name, &[])
+    }
+
+    /// A room on a relay that was started with these flags too.
+    pub(crate) fn with_relay(name: &str, flags: &[&str]) -> Self {
+        Self::within(None, name, flags)
     }
 
     /// A room whose members reach each other by way of the relay alone; `None`, and a loud word, where the machine does
     /// not let us.
     pub(crate) fn without_udp() -> Option<Self> {
         match Space::without_udp() {
-            Ok(space) => Some(Self::within(Some(space), "whole")),
+            Ok(space) => Some(Self::within(Some(space), "whole", &[])),
             Err(why) => {
                 skip(&format!("nothing was tried by way of the relay alone: {why}"));
                 None
@@ -147,10 +152,10 @@ impl Room {
         }
     }
 
-    fn within(space: Option<Space>, name: &str) -> Self {
+    fn within(space: Option<Space>, name: &str, flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let prefix = space.as_ref().map(Space::prefix).unwrap_or_default();
-        let (relay, relay_address) = relay(&prefix, folder.path(), "127.0.0.1:0");
+        let (relay, relay_address) = relay(&prefix, folder.path(), "127.0.0.1:0", flags);
         Self { relay: Some(relay), prefix, _space: space, relay_address, token: new_token(), name: name.into(), folder }
     }
 
@@ -163,7 +168,7 @@ impl Room {
     }
 
     pub(crate) fn start_relay(&mut self) {
-        self.relay = Some(relay(&self.prefix, self.folder.path(), &self.relay_address.to_string()).0);
+        self.relay = Some(relay(&self.prefix, self.folder.path(), &self.relay_address.to_string(), &[]).0);
     }
 
     /// A machine whose peer runs.
@@ -225,10 +230,10 @@ fn relay_program() -> PathBuf {
     program
 }
 
-fn relay(prefix: &[String], folder: &Path, bind: &str) -> (Running, SocketAddr) {
+fn relay(prefix: &[String], folder: &Path, bind: &str, flags: &[&str]) -> (Running, SocketAddr) {
     let log = folder.join("relay.log");
     let mut command = behind(prefix, &relay_program());
-    command.args(["--bind", bind]).env_clear().stdin(Stdio::null()).stderr(File::create(&log).unwrap());
+    command.args(["--bind", bind]).args(flags).env_clear().stdin(Stdio::null()).stderr(File::create(&log).unwrap());
     let mut relay = Running(command.spawn().unwrap());
     let address = until("the relay listens", || {
         let said = fs::read_to_string(&log).unwrap();
