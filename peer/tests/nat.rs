@@ -78,12 +78,10 @@ pairs! {
         a_port_restricted_and_a_double_nat: PortRestricted, DoubleNat;
         two_double_nats: DoubleNat, DoubleNat;
         two_firewalled_hosts_with_ipv6_alone: V6Only, V6Only;
+        a_port_restricted_and_a_symmetric_nat: PortRestricted, Symmetric;
+        a_double_and_a_symmetric_nat: DoubleNat, Symmetric;
     }
     relayed {
-        a_port_restricted_and_a_symmetric_nat: PortRestricted, Symmetric,
-            "the one lets in nobody but whom its host has sent to, and where the other will send from, nobody knows";
-        a_double_and_a_symmetric_nat: DoubleNat, Symmetric,
-            "the one lets in nobody but whom its host has sent to, and where the other will send from, nobody knows";
         two_symmetric_nats: Symmetric, Symmetric,
             "where either will send from, nobody knows";
         a_public_host_and_one_without_udp: Public, WithoutUdp, "no UDP passes";
