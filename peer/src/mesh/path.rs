@@ -22,7 +22,7 @@ use peerfleet_proto::{
     },
     request::{
         link::{Candidate, CandidateKind, Nat},
-        network::{NetworkReport, PortMapping},
+        network::{NetworkReport, PathReport, PortMapping},
     },
 };
 use quinn::Connection;
@@ -185,7 +185,6 @@ impl Paths {
 
     /// What is known of the network around, and of the path to this remote.
     pub(super) fn report(&self, about: Option<&Remote>, now: Instant) -> NetworkReport {
-        let agent = about.and_then(|remote| self.agents.get(&remote.mapped));
         let (routes_v4, routes_v6) = routes();
         NetworkReport {
             routes_v4,
@@ -196,9 +195,14 @@ impl Paths {
             nat: self.nat,
             hairpin: self.hairpin.outcome(),
             port_mapping: self.mapped.map(|addr| PortMapping::Open { protocol: None, addr }),
-            path: agent.map(|agent| with_routes(agent.report(now))),
+            path: about.and_then(|remote| self.path_report(remote, now)),
             ..NetworkReport::default()
         }
+    }
+
+    fn path_report(&self, remote: &Remote, now: Instant) -> Option<PathReport> {
+        let report = self.agents.get(&remote.mapped)?.report(now);
+        Some(PathReport { search: self.searches.report(&remote.mapped), ..with_routes(report) })
     }
 
     /// A link was agreed that may travel directly.

@@ -19,6 +19,7 @@ use peerfleet_proto::{
         CheckKey, Handled, Role,
         search::{Config, Event, History, NoSearch, Search, Shot, Side, SocketId, Standing, round::PACE},
     },
+    request::network::SearchReport,
 };
 
 use super::{path::Whereabouts, routes::Remote};
@@ -177,6 +178,16 @@ impl Searches {
     pub(super) fn sender(&self, to: SocketAddr) -> Option<SocketId> {
         let kept = self.links.values().filter_map(|entry| entry.kept);
         kept.into_iter().find(|(_, addr)| *addr == to).map(|(socket, _)| socket)
+    }
+
+    /// How the search for this link's path stands.
+    pub(super) fn report(&self, mapped: &SocketAddr) -> Option<SearchReport> {
+        Some(match self.links.get(mapped)?.search.standing() {
+            Standing::NotNeeded | Standing::NoUse(_) => SearchReport::NoUse,
+            Standing::Waiting => SearchReport::Waiting,
+            Standing::Searching => SearchReport::Running,
+            Standing::GivenUp => SearchReport::GivenUp,
+        })
     }
 
     /// The next packet to send.
