@@ -300,10 +300,15 @@ impl Agent {
     }
 
     /// Packets came by way of the relay: the other side does not use the direct path. If our checks of it go unanswered too, it
-    /// is left sooner.
+    /// is left sooner; if they are not due, one is sent now and then, for the other side may not know where we are seen.
     pub fn on_relayed(&mut self, now: Instant) {
         if let State::Direct { current, .. } = &mut self.state {
             current.is_shunned();
+            if current.was_checked_long_ago(now)
+                && let Some(pair) = self.pairs.get_mut(&current.addr)
+            {
+                pair.plan.trigger(now);
+            }
         }
         self.drive(now);
     }

@@ -13,7 +13,7 @@ use peerfleet_proto::{
     path::{
         Agent, Candidate, CandidateKind, CheckKey, Config, Direct, Event, Handled, Ignored, MAX_QUEUED, PACE,
         ROUND_MAX, ROUND_MIN, Role, Transmit, UPGRADE,
-        binding::KEEP_ALIVE_FIRST,
+        binding::{KEEP_ALIVE_FIRST, KEEP_ALIVE_LEAST},
         check::{BUDGET, BUDGET_WINDOW, BURST},
         direct::{GRACE, KEEP_ALIVE, SUSPICION},
         pair::MAX_PEER_REFLEXIVE,
@@ -231,6 +231,22 @@ fn unanswered_traffic_clears_a_path_within_two_and_a_half_seconds() {
     let began = two.now;
     let lost = two.time_until_lost(|agent, now| agent.on_sent(now));
     assert!(lost - began <= SUSPICION + GRACE + Duration::from_millis(50), "{:?}", lost - began);
+}
+
+#[test]
+fn a_path_that_the_other_side_does_not_use_is_checked_every_five_seconds() {
+    let mut two = Two::direct();
+    // Data is acknowledged all the while, so nothing else asks for a check.
+    let times = two.check_times_while(Duration::from_secs(60), |agent, now| {
+        agent.on_delivered(now);
+        agent.on_relayed(now);
+    });
+    let pauses: Vec<_> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    let longest = KEEP_ALIVE_LEAST + Duration::from_millis(50);
+    assert!(
+        pauses.len() >= 10 && pauses.iter().all(|pause| (KEEP_ALIVE_LEAST..=longest).contains(pause)),
+        "{pauses:?}"
+    );
 }
 
 #[test]
@@ -852,6 +868,10 @@ impl Two {
 
     /// When the first agent sends checks; they are answered.
     fn check_times(&mut self, time: Duration) -> Vec<Instant> {
+        self.check_times_while(time, |_, _| {})
+    }
+
+    fn check_times_while(&mut self, time: Duration, mut meanwhile: impl FnMut(&mut Agent, Instant)) -> Vec<Instant> {
         let end = self.now + time;
         let mut times = Vec::new();
         while self.now < end {
@@ -866,6 +886,7 @@ impl Two {
             }
             while self.agents[0].poll_event().is_some() {}
             self.now += Duration::from_millis(1);
+            meanwhile(&mut self.agents[0], self.now);
             self.agents[0].handle_timeout(self.now);
         }
         times

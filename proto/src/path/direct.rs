@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::binding::KEEP_ALIVE_LEAST;
+
 /// Longest time between two proofs of a path that is taken: NATs in the wild forget a flow after 30 s (RFC 4787 REQ-5 asks
 /// for 2 min). [`super::binding`] makes it shorter where a NAT forgets sooner.
 pub const KEEP_ALIVE: Duration = Duration::from_secs(25);
@@ -195,6 +197,12 @@ impl Current {
     /// The ground has changed: whether it is still there shall be known soon.
     pub(super) fn hurry(&mut self) {
         self.hurried = true;
+    }
+
+    /// Whether no check of it was answered for so long ([`KEEP_ALIVE_LEAST`]) that the other side may not know where we are
+    /// seen.
+    pub(super) fn was_checked_long_ago(&self, now: Instant) -> bool {
+        self.unanswered.is_none() && self.answered_at + KEEP_ALIVE_LEAST <= now
     }
 
     /// The other side does not use it; should its checks go unanswered too, that is enough.
