@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use super::{check::Role, direct::KEEP_ALIVE};
 
-/// The first interval: two thirds of the 30 s after which many NATs forget, which leaves room for checks that are lost and
-/// sent again.
-pub const KEEP_ALIVE_FIRST: Duration = Duration::from_secs(20);
+/// The first interval: half of the 30 s after which many NATs forget, and below the 20 s of the hastier ones, with room for
+/// checks that are lost and sent again.
+pub const KEEP_ALIVE_FIRST: Duration = Duration::from_secs(15);
 
 /// The shortest interval: a path that needs more than twelve packets a minute is better relayed while it is idle.
 pub const KEEP_ALIVE_LEAST: Duration = Duration::from_secs(5);
 
-/// How much an interval grows that was lived through: from the first to the longest in two minutes.
+/// How much an interval grows that was lived through: from the first to the longest in three minutes.
 const STEP: Duration = Duration::from_secs(1);
 
 /// Time after which it is forgotten that a binding died.
