@@ -58,8 +58,13 @@ const FOUND: Duration = Duration::from_secs(10);
 /// The same where packets are lost, up to one in five: up to four rounds.
 const FOUND_DESPITE_LOSS: Duration = Duration::from_secs(80);
 
-/// Longest time for which a side hears nothing while the relay is there: a path that died beneath traffic one way only.
-const SILENCE: Duration = Duration::from_secs(KEEP_ALIVE.as_secs() + GRACE.as_secs() + 1);
+/// Longest time for which a side hears nothing while the relay is there: a machine that roams and is told so 5 s later. A path
+/// that dies beneath traffic costs half of it in the worst of worlds.
+const SILENCE: Duration = Duration::from_secs(7);
+
+/// How long a router remembers a flow at least for an idle path through it to outlive the relay: how often it must be kept alive
+/// is learnt by losing it, and its new port is told by way of the relay.
+const NAT_MEMORY: Duration = Duration::from_secs(30);
 
 /// Loss, in percent, up to which no path that works is given up.
 const HARMLESS_LOSS: u64 = 5;
@@ -606,7 +611,8 @@ fn blocked(
 
 /// Direct paths do not need the relay.
 fn relay_gone(world: &mut World, time: Duration, story: &mut String) -> Result<Vec<Phase>, String> {
-    let was_direct = world.both_direct();
+    let forgets = |realm: &internet::Realm| realm.router.nat.expiry < NAT_MEMORY;
+    let was_direct = world.both_direct() && !world.internet.realms.iter().any(forgets);
     world.relay_gone();
     world.run_for(time);
     if was_direct && world.internet.weather.loss_percent <= HARMLESS_LOSS {

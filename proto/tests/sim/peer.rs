@@ -26,6 +26,27 @@ use crate::internet::RESPONDERS;
 /// Sources whose packets are taken for the other side's, as the mesh keeps them: the oldest is forgotten first.
 const MAX_SOURCES: usize = 8;
 
+/// First byte of a packet that is not STUN.
+const DATA: u8 = 0x40;
+
+/// What other packets carry, as QUIC's do: their own number, or 0 if they only acknowledge, and the highest that was heard.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Numbers {
+    own: u32,
+    heard: u32,
+}
+
+impl Numbers {
+    pub(crate) fn packet(self) -> Vec<u8> {
+        [&[DATA][..], &self.own.to_be_bytes(), &self.heard.to_be_bytes()].concat()
+    }
+
+    pub(crate) fn of(packet: &[u8]) -> Self {
+        let number = |at: usize| u32::from_be_bytes(packet[at..at + 4].try_into().expect("four bytes"));
+        Self { own: number(1), heard: number(5) }
+    }
+}
+
 /// A packet on its way out, from a machine's port.
 pub(crate) struct Outgoing {
     pub(crate) machine: usize,
@@ -44,6 +65,11 @@ pub(crate) struct Peer {
     /// When it was last told something that came directly, or by way of the relay.
     pub(crate) heard: Heard,
     pub(crate) audit: Audit,
+    /// The newest packet that was sent, that was heard, and that the other side heard; the first that was sent on the path of now.
+    sent: u32,
+    received: u32,
+    acknowledged: u32,
+    first_on_path: u32,
     hosts: Vec<Candidate>,
     proven: VecDeque<SocketAddr>,
     /// What it wants to tell the other side.
@@ -77,6 +103,10 @@ impl Peer {
             changes: Vec::new(),
             heard: Heard { at: now, longest_pause: Duration::ZERO, directly: 0 },
             audit: Audit::default(),
+            sent: 0,
+            received: 0,
+            acknowledged: 0,
+            first_on_path: 1,
             hosts: Vec::new(),
             proven: VecDeque::new(),
             news: false,
@@ -154,13 +184,48 @@ impl Peer {
         }
     }
 
-    /// Another packet came; says whether it is taken for the other side's.
-    pub(crate) fn handle_data(&mut self, from: SocketAddr, now: Instant) -> bool {
+    /// The next packet of data, which goes along the path.
+    pub(crate) fn next_data(&mut self, now: Instant) -> Numbers {
+        self.sent += 1;
+        if let Some(agent) = self.agent.as_mut().filter(|agent| agent.path().is_some()) {
+            agent.on_sent(now);
+            agent.on_data_sent(now);
+        }
+        Numbers { own: self.sent, heard: self.received }
+    }
+
+    /// A packet that only says what was heard, which goes along the path.
+    pub(crate) fn acknowledgement(&mut self, now: Instant) -> Numbers {
+        self.agent.iter_mut().for_each(|agent| agent.on_sent(now));
+        Numbers { own: 0, heard: self.received }
+    }
+
+    /// Another packet came directly; says whether it is to be acknowledged. It is only taken from where the other side was
+    /// proved to be.
+    pub(crate) fn handle_data(&mut self, from: SocketAddr, numbers: Numbers, now: Instant) -> bool {
         let Some(agent) = self.agent.as_mut().filter(|_| self.proven.contains(&from)) else { return false };
         agent.on_received(from, now);
-        self.heard.directly += 1;
+        // What is heard from is not forgotten for what only checked.
+        self.prove_source(from);
+        self.heard.directly += u64::from(numbers.own > 0);
+        self.handle_numbers(numbers, now)
+    }
+
+    /// Another packet came by way of the relay.
+    pub(crate) fn handle_relayed(&mut self, numbers: Numbers, now: Instant) -> bool {
+        self.agent.iter_mut().for_each(|agent| agent.on_relayed(now));
+        self.handle_numbers(numbers, now)
+    }
+
+    fn handle_numbers(&mut self, numbers: Numbers, now: Instant) -> bool {
         self.heard.note(now);
-        true
+        self.received = self.received.max(numbers.own);
+        if numbers.heard > self.acknowledged {
+            self.acknowledged = numbers.heard;
+            let on_path = self.path().is_some() && numbers.heard >= self.first_on_path;
+            self.agent.iter_mut().filter(|_| on_path).for_each(|agent| agent.on_delivered(now));
+        }
+        numbers.own > 0
     }
 
     pub(crate) fn path(&self) -> Option<SocketAddr> {
@@ -204,6 +269,7 @@ impl Peer {
 
     fn path_changed(&mut self, path: Option<SocketAddr>, now: Instant) {
         self.changes.push((now, path));
+        self.first_on_path = self.sent + 1;
         match path {
             Some(addr) => self.prove_source(addr),
             // Perhaps because the router forgot us; and the other side should look for a path at the same time.

@@ -16,7 +16,7 @@ use peerfleet_proto::{
 use crate::{
     clock::{Dice, beginning},
     internet::{Arrived, Families, Internet},
-    peer::Peer,
+    peer::{Numbers, Peer},
     verdict::{Verdict, verdict},
 };
 
@@ -25,9 +25,6 @@ pub(crate) const TRAFFIC: Duration = Duration::from_millis(100);
 
 /// Longest time in which peers notice that the relay is back, however long it was gone.
 pub(crate) const RELAY_NOTICED: Duration = Duration::from_secs(5);
-
-/// First byte of a packet that is not STUN.
-const DATA: u8 = 0x40;
 
 /// More turns than this in a second of virtual time: something wakes up for nothing.
 const MAX_TURNS_PER_SECOND: u32 = 2_000;
@@ -69,7 +66,7 @@ enum Carried {
     Offer(Vec<Candidate>),
     Answer(Vec<Candidate>),
     Update(Vec<Candidate>),
-    Data,
+    Data(Numbers),
 }
 
 impl World {
@@ -286,13 +283,13 @@ impl World {
 
     fn receive(&mut self, arrived: &Arrived) {
         let Arrived { machine, port, from, bytes } = arrived;
-        let Some(peer) = self.peers.iter_mut().find(|peer| (peer.machine, peer.port) == (*machine, *port)) else {
+        let Some(at) = (0..2).find(|at| (self.peers[*at].machine, self.peers[*at].port) == (*machine, *port)) else {
             return;
         };
         if is_stun(bytes[0]) {
-            peer.handle_packet(*from, bytes, self.now);
-        } else {
-            peer.handle_data(*from, self.now);
+            self.peers[at].handle_packet(*from, bytes, self.now);
+        } else if self.peers[at].handle_data(*from, Numbers::of(bytes), self.now) {
+            self.send_data(at, Peer::acknowledgement);
         }
     }
 
@@ -302,7 +299,11 @@ impl World {
             return;
         }
         match relayed.what {
-            Carried::Data => self.peers[at].heard.note(self.now),
+            Carried::Data(numbers) => {
+                if self.peers[at].handle_relayed(numbers, self.now) {
+                    self.send_data(at, Peer::acknowledgement);
+                }
+            }
             Carried::Update(theirs) => self.peers[at].set_theirs(theirs, self.now),
             Carried::Answer(theirs) => self.link(at, theirs),
             Carried::Offer(theirs) => {
@@ -324,17 +325,19 @@ impl World {
 
     fn send_traffic(&mut self) {
         for at in 0..2 {
-            if !self.is_awake(at) {
-                continue;
+            if self.is_awake(at) {
+                self.send_data(at, Peer::next_data);
             }
-            let (path, machine, port) = (self.peers[at].path(), self.peers[at].machine, self.peers[at].port);
-            match (path, &mut self.peers[at].agent) {
-                (Some(addr), Some(agent)) => {
-                    agent.on_sent(self.now);
-                    self.internet.send(machine, port, addr, vec![DATA], self.now);
-                }
-                _ => self.relay(1 - at, Carried::Data),
-            }
+        }
+    }
+
+    /// Sends a packet along the path, or to the relay.
+    fn send_data(&mut self, at: usize, packet: impl FnOnce(&mut Peer, Instant) -> Numbers) {
+        let peer = &mut self.peers[at];
+        let (path, numbers) = (peer.path(), packet(peer, self.now));
+        match path {
+            Some(addr) => self.internet.send(peer.machine, peer.port, addr, numbers.packet(), self.now),
+            None => self.relay(1 - at, Carried::Data(numbers)),
         }
     }
 
