@@ -62,9 +62,13 @@ const FOUND_DESPITE_LOSS: Duration = Duration::from_secs(80);
 /// that dies beneath traffic costs half of it in the worst of worlds.
 const SILENCE: Duration = Duration::from_secs(7);
 
-/// How long a router remembers a flow at least for an idle path through it to outlive the relay: how often it must be kept alive
-/// is learnt by losing it, and its new port is told by way of the relay.
+/// How long a router remembers a flow at least for an idle path through it to outlive the relay, however long that is gone.
+/// Through others it outlives the relay for [`ALONE`]: idle paths are kept alive ever less often until one is lost, and a
+/// router's new port is told by way of the relay.
 const NAT_MEMORY: Duration = Duration::from_secs(30);
+
+/// See [`NAT_MEMORY`].
+const ALONE: Duration = Duration::from_secs(120);
 
 /// Loss, in percent, up to which no path that works is given up.
 const HARMLESS_LOSS: u64 = 5;
@@ -612,7 +616,8 @@ fn blocked(
 /// Direct paths do not need the relay.
 fn relay_gone(world: &mut World, time: Duration, story: &mut String) -> Result<Vec<Phase>, String> {
     let forgets = |realm: &internet::Realm| realm.router.nat.expiry < NAT_MEMORY;
-    let was_direct = world.both_direct() && !world.internet.realms.iter().any(forgets);
+    let outlives = time <= ALONE || !world.internet.realms.iter().any(forgets);
+    let was_direct = world.both_direct() && outlives;
     world.relay_gone();
     world.run_for(time);
     if was_direct && world.internet.weather.loss_percent <= HARMLESS_LOSS {

@@ -259,9 +259,13 @@ impl Internet {
 
     /// What arrives at `now`.
     pub(crate) fn arrive(&mut self, now: Instant) -> Vec<Arrived> {
-        let later = self.flying.split_off(&(now + Duration::from_nanos(1), 0));
-        let due = std::mem::replace(&mut self.flying, later);
-        due.into_values().filter_map(|flying| self.land(flying, now)).collect()
+        let mut arrived = Vec::new();
+        // What an arrival brings about flies on, if only for some microseconds.
+        while let Some(entry) = self.flying.first_entry().filter(|entry| entry.key().0 <= now) {
+            let flying = entry.remove();
+            arrived.extend(self.land(flying, now));
+        }
+        arrived
     }
 
     /// Takes a packet outwards to the realm that knows its destination; what it is seen as there.

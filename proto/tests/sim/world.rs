@@ -248,8 +248,8 @@ impl World {
         for arrived in self.internet.arrive(self.now) {
             self.receive(&arrived);
         }
-        let later = self.relayed.split_off(&(self.now + Duration::from_nanos(1), 0));
-        for relayed in std::mem::replace(&mut self.relayed, later).into_values() {
+        while let Some(entry) = self.relayed.first_entry().filter(|entry| entry.key().0 <= self.now) {
+            let relayed = entry.remove();
             self.relayed(relayed);
         }
         for at in 0..2 {
