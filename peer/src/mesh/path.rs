@@ -263,6 +263,9 @@ impl Paths {
                 self.tell_findings(&mapped, now);
             }
             FromSocket::Received { mapped, from } => {
+                if let Some(link) = self.links.get(&mapped) {
+                    routes.heard_from(&link.remote, from);
+                }
                 self.agents.tell(&mapped, now, |agent| agent.on_received(from, now));
             }
         }

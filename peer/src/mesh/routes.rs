@@ -23,7 +23,7 @@ use tokio::sync::watch;
 
 use super::{mtu, udp::Udp};
 
-/// Proved source addresses kept per link, the oldest forgotten first: a host behind a NAT shows one per address family,
+/// Proved source addresses kept per link, the one that was silent longest forgotten first: a host behind a NAT shows one per address family,
 /// and a new one each time its network changes.
 const MAX_SOURCES: usize = 8;
 
@@ -208,6 +208,13 @@ struct Tables {
     sources: HashMap<SocketAddr, Vec<SocketAddr>>,
 }
 
+impl Tables {
+    /// Whether this source is the link's, and the last to be forgotten.
+    fn is_newest(&self, remote: &Remote, source: SocketAddr) -> bool {
+        self.sources.get(&remote.mapped).and_then(|sources| sources.last()) == Some(&source)
+    }
+}
+
 impl Routes {
     /// A new link's entry, under a mapped address that was never used before.
     pub(super) fn add(&self, instance: InstanceId, route: Route, slot: Option<Slot>) -> Arc<Remote> {
@@ -269,7 +276,7 @@ impl Routes {
     /// An authenticated check came from `source`: packets from there are this link's.
     pub(super) fn prove_source(&self, remote: &Arc<Remote>, source: SocketAddr) {
         let source = plain(source);
-        if self.by_source(source).is_some_and(|known| known.mapped == remote.mapped) {
+        if self.read(|tables| tables.is_newest(remote, source)) {
             return;
         }
         self.write(|tables| {
@@ -279,10 +286,19 @@ impl Routes {
             let sources = tables.sources.entry(remote.mapped).or_default();
             sources.push(source);
             if sources.len() > MAX_SOURCES {
-                let oldest = sources.remove(0);
+                let in_use = remote.direct().map(plain);
+                let oldest = sources.iter().position(|source| Some(*source) != in_use).unwrap_or_default();
+                let oldest = sources.remove(oldest);
                 tables.by_source.remove(&oldest);
             }
         });
+    }
+
+    /// A packet came from `source`, which proves nothing: if it is this link's, it is the last to be forgotten.
+    pub(super) fn heard_from(&self, remote: &Arc<Remote>, source: SocketAddr) {
+        if self.by_source(plain(source)).is_some_and(|known| known.mapped == remote.mapped) {
+            self.prove_source(remote, source);
+        }
     }
 
     /// The link that QUIC knows by this address.
@@ -336,6 +352,41 @@ mod tests {
             routes.prove_source(&remote, source(u16::try_from(port).unwrap()));
         }
         assert!(routes.by_source(source(0)).is_none());
+        assert!(routes.by_source(source(1)).is_some());
+    }
+
+    #[test]
+    fn sources_that_only_check_do_not_displace_the_one_that_packets_come_from() {
+        let routes = Routes::default();
+        let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, None);
+        routes.prove_source(&remote, source(1));
+        for port in 100..200 {
+            routes.prove_source(&remote, source(port));
+            routes.heard_from(&remote, source(1));
+        }
+        assert!(routes.by_source(source(1)).is_some());
+        routes.heard_from(&remote, source(7));
+        assert!(routes.by_source(source(7)).is_none(), "a packet alone proves no source");
+        assert_eq!(routes.read(|tables| tables.sources[&remote.mapped].len()), MAX_SOURCES);
+    }
+
+    #[test]
+    fn a_source_that_is_proved_again_is_forgotten_later() {
+        let routes = Routes::default();
+        let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, None);
+        for port in (1..=8).chain([1, 9]) {
+            routes.prove_source(&remote, source(port));
+        }
+        assert!(routes.by_source(source(1)).is_some() && routes.by_source(source(2)).is_none());
+    }
+
+    #[test]
+    fn where_packets_are_sent_is_not_forgotten_as_a_source() {
+        let routes = Routes::default();
+        let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, None);
+        routes.prove_source(&remote, source(1));
+        remote.set_direct(Some(source(1)));
+        (100..200).for_each(|port| routes.prove_source(&remote, source(port)));
         assert!(routes.by_source(source(1)).is_some());
     }
 
