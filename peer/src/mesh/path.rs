@@ -42,11 +42,17 @@ use super::{
 use crate::random;
 
 mod here;
+mod news;
 
 use here::{Sampled, Watching};
+use news::News;
 
 /// Least time between two questions to the relay because paths were lost: many are lost at once where a network goes.
 const REFRESH_PAUSE: Duration = Duration::from_secs(1);
+
+/// Least time between two rounds of checks that begin because the other side told the same again. Half of its own pause, so
+/// that none is passed over that the relay delayed less than the one before.
+const ROUND_PAUSE: Duration = Duration::from_millis(500);
 
 /// What the drivers of links should know.
 #[derive(Debug)]
@@ -62,6 +68,8 @@ pub(super) enum PathEvent {
     Elsewhere,
     /// Where we might be reached changed: the others should know.
     Moved(Whereabouts),
+    /// The other side of this link should be told once more where we might be reached, which may be no news.
+    Again(Arc<Remote>, Whereabouts),
     /// A search for a path wants sockets, or has enough of them.
     Search(SearchEvent),
 }
@@ -100,6 +108,7 @@ pub(super) struct Paths {
     agents: Agents<SocketAddr>,
     links: BTreeMap<SocketAddr, Link>,
     refreshed_at: Option<Instant>,
+    news: News,
     /// Whether the others do not know yet where we are.
     untold: bool,
     events: VecDeque<PathEvent>,
@@ -110,6 +119,8 @@ struct Link {
     remote: Arc<Remote>,
     /// What the other side names.
     theirs: Vec<Candidate>,
+    /// When a round of checks began because they were told.
+    round_at: Option<Instant>,
     /// Once it is up.
     evidence: Option<Evidence>,
 }
@@ -140,6 +151,7 @@ impl Paths {
             agents: Agents::new(now),
             links: BTreeMap::new(),
             refreshed_at: None,
+            news: News::default(),
             untold: false,
             events: VecDeque::new(),
         }
@@ -223,7 +235,8 @@ impl Paths {
         agent.set_local(here.candidates, now);
         agent.set_remote(self.reachable(&there.candidates), now);
         self.agents.insert(remote.mapped, agent, now);
-        self.links.insert(remote.mapped, Link { remote, theirs: there.candidates, evidence: None });
+        let link = Link { remote: Arc::clone(&remote), theirs: there.candidates, round_at: None, evidence: None };
+        self.links.insert(remote.mapped, link);
     }
 
     /// A link is up.
@@ -237,20 +250,44 @@ impl Paths {
     pub(super) fn remove(&mut self, remote: &Remote, now: Instant) {
         self.agents.remove(&remote.mapped);
         self.links.remove(&remote.mapped);
+        self.news.remove(&remote.mapped);
         self.searches.remove(remote);
         if self.agents.is_empty() {
             self.reflexive.set_active(false, now);
         }
     }
 
-    /// The other side is to be reached elsewhere, or knows more of its NAT.
+    /// The other side is to be reached elsewhere, or knows more of its NAT; or it says the same again, because it lost its path or
+    /// came back. Without a path both look for one at the same time then: rounds that do not meet open no two NATs.
     pub(super) fn set_theirs(&mut self, remote: &Remote, there: Whereabouts, now: Instant) {
         let here = self.whereabouts();
         self.searches.set_there(remote, &here, &there, now);
         let reachable = self.reachable(&there.candidates);
         if let Some(link) = self.links.get_mut(&remote.mapped) {
             link.theirs = there.candidates;
-            self.agents.tell(&remote.mapped, now, |agent| agent.set_remote(reachable, now));
+            let is_round = link.round_at.is_none_or(|at| at + ROUND_PAUSE <= now);
+            self.agents.tell(&remote.mapped, now, |agent| {
+                agent.set_remote(reachable, now);
+                if is_round && agent.path().is_none() {
+                    agent.restart(now);
+                    link.round_at = Some(now);
+                }
+            });
+        }
+    }
+
+    /// The other side of a link is in the room again: what was told meanwhile did not arrive.
+    pub(super) fn is_back(&mut self, remote: &Remote, now: Instant) {
+        if self.links.contains_key(&remote.mapped) {
+            self.news.want(remote.mapped, now);
+        }
+    }
+
+    /// We are in the room (again): what the relay saw of us may be old.
+    pub(super) fn joined(&mut self, now: Instant) {
+        if !self.agents.is_empty() {
+            self.refreshed_at = Some(now);
+            self.reflexive.refresh(now);
         }
     }
 
@@ -327,6 +364,7 @@ impl Paths {
             agent.set_local(here.candidates.clone(), now);
         });
         self.searches.set_here(&here, now);
+        self.news.told(self.links.keys().copied(), now);
         self.events.push_back(PathEvent::Moved(here));
     }
 
@@ -356,17 +394,27 @@ impl Paths {
             }
             return Some(PathEvent::Search(event));
         }
+        if let Some(link) = self.news.next(now).and_then(|mapped| self.links.get(&mapped)) {
+            return Some(PathEvent::Again(Arc::clone(&link.remote), self.whereabouts()));
+        }
         let (mapped, Event::PathChanged(direct)) = self.agents.poll_event()?;
         self.tell_source(&mapped, now);
-        if direct.is_none() && self.refreshed_at.is_none_or(|at| at + REFRESH_PAUSE <= now) {
-            // Perhaps the NAT forgot us: then the other side does not know where we are.
-            self.refreshed_at = Some(now);
-            self.reflexive.refresh(now);
+        if direct.is_none() {
+            self.path_lost(mapped, now);
         }
         let link = self.links.get_mut(&mapped)?;
         link.evidence.iter_mut().for_each(|evidence| evidence.begin_anew(now));
         self.searches.set_path(&link.remote, direct.map(|direct| direct.addr), now);
         Some(PathEvent::Changed { remote: Arc::clone(&link.remote), direct })
+    }
+
+    /// Perhaps the NAT forgot us: then the other side does not know where we are. And it should look for a path when we do.
+    fn path_lost(&mut self, mapped: SocketAddr, now: Instant) {
+        if self.refreshed_at.is_none_or(|at| at + REFRESH_PAUSE <= now) {
+            self.refreshed_at = Some(now);
+            self.reflexive.refresh(now);
+        }
+        self.news.want(mapped, now);
     }
 
     /// When to call [`Paths::handle_timeout`].
@@ -375,7 +423,7 @@ impl Paths {
         if self.socket.is_none() {
             return watch;
         }
-        let asked = [self.reflexive.poll_timeout(), self.hairpin.poll_timeout()];
+        let asked = [self.reflexive.poll_timeout(), self.hairpin.poll_timeout(), self.news.poll_timeout()];
         asked.into_iter().chain([self.agents.poll_timeout(), watch, self.searches.poll_timeout()]).flatten().min()
     }
 
@@ -394,3 +442,6 @@ impl Paths {
         self.agents.handle_timeout(now);
     }
 }
+
+#[cfg(test)]
+mod tests;

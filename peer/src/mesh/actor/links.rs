@@ -122,7 +122,12 @@ impl Actor {
             match event {
                 PathEvent::Changed { remote, direct } => self.path_changed(&remote, direct),
                 PathEvent::Elsewhere => self.moved(now),
-                PathEvent::Moved(here) => self.tell_whereabouts(&here, now),
+                PathEvent::Moved(here) => {
+                    for instance in self.book.with_paths() {
+                        self.tell_whereabouts(instance, &here, now);
+                    }
+                }
+                PathEvent::Again(remote, here) => self.tell_whereabouts(remote.instance, &here, now),
                 PathEvent::Search(event) => self.search_event(event, now),
             }
         }
@@ -171,12 +176,10 @@ impl Actor {
         self.book.moved(remote, direct.is_some());
     }
 
-    fn tell_whereabouts(&mut self, here: &Whereabouts, now: Instant) {
-        for instance in self.book.with_paths() {
-            let update = Request::Candidates(CandidateUpdate { candidates: here.candidates.clone(), nat: here.nat });
-            let id = self.exchange.ask(instance, update, AGREE_DEADLINE, now, &mut self.rng);
-            self.asks.insert(id, Waiting::Candidates);
-        }
+    fn tell_whereabouts(&mut self, instance: InstanceId, here: &Whereabouts, now: Instant) {
+        let update = Request::Candidates(CandidateUpdate { candidates: here.candidates.clone(), nat: here.nat });
+        let id = self.exchange.ask(instance, update, AGREE_DEADLINE, now, &mut self.rng);
+        self.asks.insert(id, Waiting::Candidates);
     }
 
     fn agreed(&mut self, agreed: Option<Agreed>, there: Whereabouts, now: Instant) {

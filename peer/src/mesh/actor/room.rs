@@ -73,9 +73,14 @@ impl Actor {
                 tracing::info!("in the room");
                 self.members.set_joined(now);
             }
-            uplink::Event::MemberJoined(member)
-            | uplink::Event::MemberMoved(member)
-            | uplink::Event::PresenceChanged(member) => self.member(&member, now),
+            uplink::Event::MemberJoined(member) | uplink::Event::MemberMoved(member) => {
+                self.member(&member, now);
+                // Either side was away.
+                if let Some(remote) = self.book.remote(member.instance) {
+                    self.paths.is_back(&remote, now);
+                }
+            }
+            uplink::Event::PresenceChanged(member) => self.member(&member, now),
             uplink::Event::MemberLeft(member) => self.member_left(&member, now),
             uplink::Event::Lost(reason) => self.lost(reason, now),
         }
@@ -86,6 +91,7 @@ impl Actor {
         self.relay_source = self.relay.first().and_then(|relay| source_towards(*relay));
         self.paths.watch_soon(now);
         self.paths.set_responders(responders, welcome.stun_alternate, now);
+        self.paths.joined(now);
     }
 
     fn member(&mut self, member: &relay::Member, now: Instant) {
