@@ -78,9 +78,16 @@ impl PathAware {
         }
         self.allowance = self.left_behind();
         self.inner = Arc::clone(&self.factory.cubic).build(now, self.mtu);
+        // CUBIC begins with the same window whatever the packets' size, and one that holds no packet is never left.
+        self.inner.on_mtu_update(self.mtu);
         self.most = self.allowance.saturating_add(self.inner.window());
         self.seen = changes;
         self.since = now;
+    }
+
+    /// What a new path begins with: at least two packets (RFC 9002 §7.2).
+    fn first_window(&self) -> u64 {
+        self.inner.initial_window().max(2 * u64::from(self.mtu))
     }
 
     /// Bytes that may be in flight on a path that is left now.
@@ -131,7 +138,7 @@ impl Controller for PathAware {
         if self.factory.path_changes.load(Ordering::Relaxed) == self.seen {
             return self.inner.window().saturating_add(self.allowance);
         }
-        self.left_behind().saturating_add(self.inner.initial_window())
+        self.left_behind().saturating_add(self.first_window())
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
@@ -179,6 +186,23 @@ mod tests {
         assert!(controller.window() >= in_flight + probes + controller.initial_window());
         controller.on_sent(start + Duration::from_millis(30), 1200, 10);
         assert!(controller.window() >= in_flight + probes + controller.initial_window());
+    }
+
+    #[test]
+    fn a_new_path_has_room_for_two_packets_however_large_they_are() {
+        let (changes, mut controller, start) = controller();
+        let large = 16_250;
+        controller.on_mtu_update(large);
+        controller.on_sent(start, 20_000, 1);
+        controller.on_end_acks(start, 0, false, Some(1));
+        let before = controller.window();
+        changes.fetch_add(1, Ordering::Relaxed);
+        assert!(controller.window() >= before + 2 * u64::from(large));
+        let later = start + Duration::from_millis(10);
+        controller.on_sent(later, 1200, 2);
+        // What was in flight before is lost, and its allowance with it.
+        controller.on_congestion_event(later, start, false, u64::from(u32::MAX));
+        assert!(controller.window() >= 2 * u64::from(large));
     }
 
     #[test]
