@@ -45,7 +45,9 @@ impl Evidence {
 
     /// What was sent so far says nothing of the path that is taken now.
     pub(super) fn begin_anew(&mut self, now: Instant) {
-        self.sent = frames_of_data(&self.connection.stats().frame_tx);
+        let stats = self.connection.stats();
+        self.remote.note_mtu(stats.path.current_mtu);
+        self.sent = frames_of_data(&stats.frame_tx);
         self.delivered = self.remote.delivered.load(Ordering::Relaxed);
         self.read_at = now;
     }
@@ -56,7 +58,9 @@ impl Evidence {
             return None;
         }
         self.read_at = now;
-        let sent = frames_of_data(&self.connection.stats().frame_tx);
+        let stats = self.connection.stats();
+        self.remote.note_mtu(stats.path.current_mtu);
+        let sent = frames_of_data(&stats.frame_tx);
         let delivered = self.remote.delivered.load(Ordering::Relaxed);
         let is_sent = std::mem::replace(&mut self.sent, sent) != sent;
         if std::mem::replace(&mut self.delivered, delivered) != delivered {

@@ -99,7 +99,13 @@ impl ExtraSockets {
 
     /// From now on this link's packets to `addr` leave by this socket, and come to it.
     pub(super) fn keep(&mut self, socket: SocketId, remote: &Remote, addr: SocketAddr) {
-        let Some(open) = self.open.remove(&socket) else { return };
+        let Some(open) = self.open.remove(&socket) else {
+            // Another search found the same one a moment before.
+            if let Some(udp) = self.kept.get(&socket).and_then(Weak::upgrade) {
+                remote.set_kept(Some((addr, udp)));
+            }
+            return;
+        };
         let udp = Arc::clone(&open.udp);
         drop(open);
         udp.grow();

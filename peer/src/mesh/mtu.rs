@@ -2,9 +2,10 @@
 //!
 //! In: this host's interfaces, the other side's candidates, the path as it is proved. Out: the bounds within which QUIC looks
 //! for the largest packet by itself (RFC 8899). It never assumes a size: beyond [`INITIAL`] every size is probed first.
-//! QUIC looks once, right after the handshake, and knows nothing of paths beneath its one address. So where a path may
-//! take far larger packets than usual, the handshake waits a moment for that path ([`settle`]); and on the relay's way, which
-//! takes any size, a probe is lost beyond [`USUAL`], because the direct path that comes later may not take it.
+//! QUIC looks right after the handshake and seldom again, and knows nothing of paths beneath its one address. So where a path
+//! may take far larger packets than usual, the handshake waits a moment for that path ([`settle`]); and on the relay's way, which
+//! takes any size, what is larger than [`USUAL`] and than what the direct path took is lost, because the direct path that comes
+//! later may not take it.
 //! Bounds: [`LARGEST_DIRECT`], [`LARGEST_RELAYED`]; [`SETTLE`] of waiting.
 
 use std::{net::IpAddr, time::Duration};
@@ -46,22 +47,27 @@ const AFTER_BLACK_HOLE: Duration = Duration::from_secs(5);
 const HEADERS: u32 = 48;
 
 /// Largest packet that a direct path to these candidates may take, judged by this host's interfaces: one of its own
-/// addresses is reached within the machine, one of an interface's network through that interface.
+/// addresses is reached within the machine, one of an interface's network through that interface. Everybody names a loopback
+/// address, and the addresses of containers' bridges are the same on many machines: those say nothing beside others.
 pub(super) fn plausible(interfaces: &[Interface], theirs: &[Candidate]) -> u16 {
-    let largest = theirs.iter().filter_map(|theirs| leaving_towards(interfaces, theirs.addr.ip().to_canonical())).max();
+    let ips = theirs.iter().map(|theirs| theirs.addr.ip().to_canonical());
+    let is_here = ips.clone().all(|ip| ip.is_loopback());
+    let telling = ips.filter(|ip| is_here || !ip.is_loopback());
+    let largest = telling.filter_map(|ip| leaving_towards(interfaces, ip)).max();
     let payload = largest.unwrap_or(0).saturating_sub(HEADERS);
     u16::try_from(payload).unwrap_or(u16::MAX).clamp(USUAL, LARGEST_DIRECT)
 }
 
 /// The MTU of the interface that packets to a neighbour leave by.
 fn leaving_towards(interfaces: &[Interface], to: IpAddr) -> Option<u32> {
+    let shown = || interfaces.iter().filter(|interface| interface.purpose != Purpose::Bridge);
     let has = |interface: &Interface| interface.addresses.iter().any(|address| address.ip == to);
-    if to.is_loopback() || interfaces.iter().any(has) {
+    if to.is_loopback() || shown().any(has) {
         return interfaces.iter().find(|interface| interface.purpose == Purpose::Loopback)?.mtu;
     }
     let is_near =
         |interface: &&Interface| interface.addresses.iter().any(|own| Network::new(own.ip, own.prefix).contains(to));
-    interfaces.iter().find(is_near)?.mtu
+    shown().find(is_near)?.mtu
 }
 
 /// Waits for the direct path, if it may take larger packets than usual.
@@ -127,6 +133,15 @@ mod tests {
     fn an_own_address_is_reached_within_the_machine() {
         assert_eq!(towards("192.168.1.4:7"), LARGEST_DIRECT);
         assert_eq!(towards("127.0.0.1:7"), LARGEST_DIRECT);
+    }
+
+    #[test]
+    fn what_every_machine_names_makes_no_neighbour() {
+        let mut host = host();
+        host.push(interface(Purpose::Bridge, "172.17.0.1", 16, 65_535));
+        let named = ["203.0.113.5:7", "172.17.0.1:7", "172.17.0.9:7", "127.0.0.1:7"];
+        let theirs = named.map(|addr| Candidate { kind: CandidateKind::Host, addr: addr.parse().unwrap() });
+        assert_eq!(plausible(&host, &theirs), USUAL);
     }
 
     #[test]

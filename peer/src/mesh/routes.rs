@@ -70,7 +70,7 @@ pub(super) struct Remote {
     heard_relayed: AtomicBool,
     slot: AtomicU64,
     direct: watch::Sender<Option<SocketAddr>>,
-    was_direct: AtomicBool,
+    direct_mtu: AtomicU16,
     plausible_mtu: AtomicU16,
     kept: RwLock<Option<(SocketAddr, Arc<Udp>)>>,
     direct_rtt_us: AtomicU64,
@@ -94,7 +94,6 @@ impl Remote {
 
     /// Sends packets this way from now on; `None` is by way of the relay.
     pub(super) fn set_direct(&self, address: Option<SocketAddr>) {
-        self.was_direct.fetch_or(address.is_some(), Ordering::Relaxed);
         self.direct.send_if_modified(|direct| {
             let is_other = *direct != address;
             *direct = address;
@@ -115,10 +114,18 @@ impl Remote {
         self.plausible_mtu.store(mtu, Ordering::Relaxed);
     }
 
-    /// Whether a packet of this size may go by way of the relay. Where a direct path may yet come, QUIC shall not find
-    /// that the relay takes more than that path will.
+    /// QUIC sends packets of this size now; where the path is direct, that is what it takes.
+    pub(super) fn note_mtu(&self, mtu: u16) {
+        if self.direct().is_some() {
+            self.direct_mtu.store(mtu, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a packet of this size may go by way of the relay. QUIC shall not find that the relay takes more than the
+    /// direct path will that comes, or comes back.
     pub(super) fn may_relay(&self, packet: usize) -> bool {
-        self.route == Route::RelayedOnly || packet <= mtu::USUAL.into() || self.was_direct.load(Ordering::Relaxed)
+        let direct = self.direct_mtu.load(Ordering::Relaxed);
+        self.route == Route::RelayedOnly || packet <= mtu::USUAL.max(direct).into()
     }
 
     /// The socket by which packets to this address leave, if it is not the one of all links.
@@ -232,7 +239,7 @@ impl Routes {
             heard_relayed: AtomicBool::new(false),
             slot: AtomicU64::new(NO_SLOT),
             direct: watch::Sender::new(None),
-            was_direct: AtomicBool::new(false),
+            direct_mtu: AtomicU16::new(0),
             plausible_mtu: AtomicU16::new(mtu::USUAL),
             kept: RwLock::new(None),
             direct_rtt_us: AtomicU64::new(0),

@@ -150,7 +150,7 @@ impl Searches {
 
     /// These sockets are open now.
     pub(super) fn opened(&mut self, sockets: &[SocketId], now: Instant) {
-        self.has_sockets = !sockets.is_empty();
+        self.has_sockets |= !sockets.is_empty();
         self.each(|entry| {
             if let Some(wanted) = entry.wants.take() {
                 entry.search.opened(&sockets[..wanted.min(sockets.len())], now);
@@ -266,6 +266,10 @@ impl Searches {
                     tracing::debug!(instance = %entry.remote.instance, ?how, sent, ?took, "a search for a path ended");
                 }
             }
+        }
+        // No search is of use: what one found before leaves by a port that nobody expects.
+        if matches!(entry.search.standing(), Standing::NoUse(_)) {
+            entry.let_go();
         }
         entry.tell();
         self.close_unneeded();

@@ -361,7 +361,9 @@ impl AsyncUdpSocket for MappedSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.udp.as_ref().map_or(RELAYED_BATCH, |udp| udp.state().max_gso_segments())
+        let most = self.udp.as_ref().map_or(RELAYED_BATCH, |udp| udp.state().max_gso_segments());
+        // A device that takes no batches is noticed by the socket that sends through it.
+        self.kept().iter().map(|udp| udp.state().max_gso_segments()).fold(most, usize::min)
     }
 
     fn max_receive_segments(&self) -> usize {

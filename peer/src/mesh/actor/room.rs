@@ -66,7 +66,11 @@ impl Actor {
 
     fn uplink_event(&mut self, event: uplink::Event, now: Instant) {
         match event {
-            uplink::Event::Connect => self.line.connect(),
+            uplink::Event::Connect => {
+                // From here the connection will come, if it comes.
+                self.relay_source = self.relay.first().and_then(|relay| source_towards(*relay));
+                self.line.connect();
+            }
             uplink::Event::Disconnect => self.line.cut(),
             uplink::Event::Joined(welcome) => self.joined(&welcome, now),
             uplink::Event::RosterComplete => {

@@ -378,6 +378,9 @@ async fn a_direct_path_that_may_take_large_packets_gets_them() {
     let (client, server) = pair.connect().await;
     finds_mtu(&client, mtu::LARGEST_DIRECT).await;
     finds_mtu(&server, mtu::LARGEST_DIRECT).await;
+    for (side, connection) in [(&pair.client, &client), (&pair.server, &server)] {
+        side.remote.note_mtu(connection.stats().path.current_mtu);
+    }
     pair.go_relayed();
     let bytes = vec![7; 300_000];
     let (_send, _recv) = send_all(&client, &bytes).await;

@@ -237,6 +237,8 @@ impl Paths {
         self.nat64 = None;
         self.explore();
         self.untold = true;
+        // The responders are asked anew already.
+        self.refreshed_at = Some(now);
         self.agents.tell_all(now, |_, agent| agent.restart(now));
         self.searches.restart(now);
         self.tell_sources(now);

@@ -27,7 +27,7 @@ pub const PASS_EVERY: Duration = Duration::from_secs(3);
 const FEW_PROBES: usize = 256;
 
 /// How long a round lasts, most of it in wait for the other side: when a path is lost, the two notice up to 7 s apart
-/// ([`super::direct`]). NATs keep what was opened for 30 s at least.
+/// ([`crate::path::direct`]). NATs keep what was opened for 30 s at least.
 pub const ROUND: Duration = Duration::from_secs(15);
 
 /// Most sockets that are checked back from in a round, or addresses; four are to be expected.
