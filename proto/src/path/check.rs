@@ -16,6 +16,7 @@ use std::{
 
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
+use super::Ignored;
 use crate::stun::{Class, Draft, IntegrityKey, Message, TransactionId};
 
 /// When a pair is checked, after the start of a burst. The two sides begin up to a second apart, because the relay brings
@@ -157,8 +158,28 @@ impl Codec {
         self.theirs.username
     }
 
+    /// Whether a check is the other side's, intact, understood and seen for the first time.
+    ///
+    /// # Errors
+    /// The first of these that it is not; nothing is remembered of such a check.
+    pub(super) fn admit(&mut self, check: &Message<'_>) -> Result<(), Ignored> {
+        if !self.is_addressed(check) {
+            return Err(Ignored::NotOurs);
+        }
+        if !self.is_authentic(check) {
+            return Err(Ignored::Forged);
+        }
+        if check.unknown_required().is_some() {
+            return Err(Ignored::UnknownAttribute);
+        }
+        if !self.is_fresh(check) {
+            return Err(Ignored::Repeated);
+        }
+        Ok(())
+    }
+
     /// Whether a request claims to be the other side's: cheap, and proves nothing.
-    pub(super) fn is_addressed(&self, request: &Message<'_>) -> bool {
+    fn is_addressed(&self, request: &Message<'_>) -> bool {
         request.username() == Some(&self.theirs.username)
     }
 
@@ -168,7 +189,7 @@ impl Codec {
     }
 
     /// Whether an authentic request is one that did not come before. Says so once.
-    pub(super) fn is_fresh(&mut self, request: &Message<'_>) -> bool {
+    fn is_fresh(&mut self, request: &Message<'_>) -> bool {
         request.check_number().is_some_and(|number| self.heard.accept(number))
     }
 }

@@ -35,18 +35,7 @@ impl Agent {
         length: usize,
         now: Instant,
     ) -> Result<Handled, Ignored> {
-        if !self.codec.is_addressed(check) {
-            return Err(Ignored::NotOurs);
-        }
-        if !self.codec.is_authentic(check) {
-            return Err(Ignored::Forged);
-        }
-        if check.unknown_required().is_some() {
-            return Err(Ignored::UnknownAttribute);
-        }
-        if !self.codec.is_fresh(check) {
-            return Err(Ignored::Repeated);
-        }
+        self.codec.admit(check)?;
         if !candidate::is_usable(from) {
             return Err(Ignored::WrongSource);
         }

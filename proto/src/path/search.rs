@@ -439,18 +439,7 @@ impl Search {
         length: usize,
         now: Instant,
     ) -> Result<Handled, Ignored> {
-        if !self.codec.is_addressed(check) {
-            return Err(Ignored::NotOurs);
-        }
-        if !self.codec.is_authentic(check) {
-            return Err(Ignored::Forged);
-        }
-        if check.unknown_required().is_some() {
-            return Err(Ignored::UnknownAttribute);
-        }
-        if !self.codec.is_fresh(check) {
-            return Err(Ignored::Repeated);
-        }
+        self.codec.admit(check)?;
         if !is_usable(from) || self.theirs.public.is_none_or(|public| public.ip() != from.ip()) {
             return Err(Ignored::WrongSource);
         }
