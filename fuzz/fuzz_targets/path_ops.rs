@@ -19,18 +19,47 @@ use peerfleet_proto::{
 
 #[derive(Debug, Arbitrary)]
 enum Step {
-    Local { end: bool, addrs: Vec<(u8, u16)> },
-    Remote { end: bool, addrs: Vec<(u8, u16)> },
+    Local {
+        end: bool,
+        addrs: Vec<(u8, u16)>,
+    },
+    Remote {
+        end: bool,
+        addrs: Vec<(u8, u16)>,
+    },
     /// Deliver a captured datagram, changed or not, from any address.
-    Deliver { to: bool, which: u8, flip: Option<u16>, from: (u8, u16) },
-    Sent { end: bool },
-    DataSent { end: bool },
-    Delivered { end: bool },
-    Relayed { end: bool },
-    Source { end: bool, host: Option<u8> },
-    Received { end: bool, from: (u8, u16) },
-    Restart { end: bool },
-    Wait { milliseconds: u16 },
+    Deliver {
+        to: bool,
+        which: u8,
+        flip: Option<u16>,
+        from: (u8, u16),
+    },
+    Sent {
+        end: bool,
+    },
+    DataSent {
+        end: bool,
+    },
+    Delivered {
+        end: bool,
+    },
+    Relayed {
+        end: bool,
+    },
+    Source {
+        end: bool,
+        host: Option<u8>,
+    },
+    Received {
+        end: bool,
+        from: (u8, u16),
+    },
+    Restart {
+        end: bool,
+    },
+    Wait {
+        milliseconds: u16,
+    },
 }
 
 fuzz_target!(|steps: Vec<Step>| {

@@ -10,21 +10,43 @@ use peerfleet_proto::{
     exchange::{Address, Config, Event, Exchange},
     id::{InstanceId, PeerId, RoomId, Slot},
     request::Request,
-    wire::relay::{MESSAGE_HEADER_BYTES, Refused, RefusalReason},
+    wire::relay::{MESSAGE_HEADER_BYTES, RefusalReason, Refused},
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 #[derive(Debug, Arbitrary)]
 enum Step {
-    Ask { from: bool },
+    Ask {
+        from: bool,
+    },
     /// Deliver a captured message, changed or not.
-    Deliver { which: u8, flip: Option<u16>, cut: Option<u16>, to: bool, source: bool },
-    Garbage { to: bool, bytes: Vec<u8>, shared: Option<Vec<u8>> },
-    Refuse { to: bool, tag: u32, full: bool },
-    Leave { which: bool },
-    Join { which: bool },
-    Wait { milliseconds: u16 },
+    Deliver {
+        which: u8,
+        flip: Option<u16>,
+        cut: Option<u16>,
+        to: bool,
+        source: bool,
+    },
+    Garbage {
+        to: bool,
+        bytes: Vec<u8>,
+        shared: Option<Vec<u8>>,
+    },
+    Refuse {
+        to: bool,
+        tag: u32,
+        full: bool,
+    },
+    Leave {
+        which: bool,
+    },
+    Join {
+        which: bool,
+    },
+    Wait {
+        milliseconds: u16,
+    },
 }
 
 fuzz_target!(|steps: Vec<Step>| {

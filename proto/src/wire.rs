@@ -10,6 +10,7 @@ use crate::fault::Malformed;
 pub(crate) mod bytes;
 pub mod message;
 pub mod relay;
+pub mod websocket;
 
 /// WebSocket sub-protocol of the relay's wire: the version is agreed in the upgrade, before the first frame.
 pub const RELAY_PROTOCOL: &str = "peerfleet.relay.v1";

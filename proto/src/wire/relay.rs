@@ -16,7 +16,10 @@ use std::net::SocketAddr;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
-use super::{FrameKind, decode, encode};
+use super::{
+    FrameKind, decode, encode,
+    websocket::{self, MaskingKey},
+};
 use crate::{
     fault::Malformed,
     id::{InstanceId, PeerId, Slot},
@@ -434,12 +437,23 @@ pub fn multicast_bytes(parts: impl Iterator<Item = usize>, shared: usize) -> usi
 /// The frame of QUIC packets to one peer: `packets` are one behind the other, each of `segment` bytes but the last.
 pub fn datagram(to: Slot, lane: u8, segment: u16, packets: &[u8]) -> Bytes {
     let mut frame = BytesMut::with_capacity(DATAGRAM_HEADER_BYTES + packets.len());
+    put_datagram_head(&mut frame, to, lane, segment);
+    frame.put_slice(packets);
+    frame.freeze()
+}
+
+/// The same, ready for the wire of a client: the header of WebSocket before it, and masked with that key.
+pub fn masked_datagram(to: Slot, lane: u8, segment: u16, packets: &[u8], key: MaskingKey) -> Bytes {
+    let mut head = [0; DATAGRAM_HEADER_BYTES];
+    put_datagram_head(&mut head.as_mut_slice(), to, lane, segment);
+    websocket::masked([&head, packets], key).freeze()
+}
+
+fn put_datagram_head(frame: &mut impl BufMut, to: Slot, lane: u8, segment: u16) {
     frame.put_u8(FrameKind::Datagram as u8);
     frame.put_u32(to.0);
     frame.put_u8(lane);
     frame.put_u16(segment);
-    frame.put_slice(packets);
-    frame.freeze()
 }
 
 fn put_part(frame: &mut BytesMut, part: &[u8]) {
