@@ -124,7 +124,7 @@ async fn greet(
         .max_write_buffer_size(OWN_WRITES_BYTES)
         .max_message_size(Some(MAX_FRAME_BYTES))
         .max_frame_size(Some(MAX_FRAME_BYTES));
-    let mut ws = WebSocket::from_partially_read(Socket::new(stream), rest, Role::Server, Some(config)).await;
+    let mut ws = WebSocket::from_raw_socket(Socket::new(stream, &rest), Role::Server, Some(config)).await;
     let joined = match refused {
         Some(reason) => Err(reason.into()),
         None => tokio::select! {

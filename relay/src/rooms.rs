@@ -19,14 +19,17 @@ use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use peerfleet_proto::{
     id::{RoomId, Slot},
-    wire::relay::{ClosingReason, Member, RelayToPeer, control},
+    wire::{
+        relay::{ClosingReason, Member, RelayToPeer, control},
+        websocket::Outbox,
+    },
 };
 
 use crate::{
     metrics::DropReason,
     queue::{Budget, QueueLimits, Queues, RoomBounds},
     room::{Newcomer, Room, RoomFull},
-    socket::{Outbox, wire},
+    socket::{OUTBOX_BYTES, wire},
 };
 
 /// Bounds of rooms and of what waits in them.
@@ -190,7 +193,7 @@ impl Mailbox {
     /// Moves frames into the outbox for as long as it has room. Says why the member is to be closed, if it is.
     pub(crate) fn fill(&self, outbox: &mut Outbox) -> Option<ClosingReason> {
         let mut queues = lock(&self.queues);
-        while outbox.has_room() {
+        while outbox.bytes() < OUTBOX_BYTES {
             let Some(frame) = queues.pop() else { break };
             outbox.push(frame);
         }

@@ -1,24 +1,26 @@
 //! The TCP socket beneath a WebSocket, with buffers that exist only while bytes flow.
 //!
 //! In: frames ready for the wire, through the [`Outbox`]; what tungstenite writes (pongs, closes); bytes from the peer.
-//! Out: the same, in few large system calls. tungstenite reads, unmasks and checks all that comes in; data frames go out
-//! past it, because a server's frame is a header and the payload as it is, and tungstenite would keep a buffer of the
-//! largest frame for each idle peer.
-//! Never splits a frame with another, and never holds more than [`OUTBOX_BYTES`] and one frame.
-//! A read that fills the caller's small buffer makes the next one read ahead, [`AHEAD_BYTES`] at most; after
-//! [`TURN_BYTES`] reading pauses until the owner's next turn, so that one busy sender leaves time to all others.
+//! Out: the same, in few large system calls; Datagram frames, past tungstenite. tungstenite reads, unmasks and checks all else
+//! that comes in. Data frames go out past it too, because a server's frame is a header and the payload as it is, and tungstenite
+//! would keep a buffer of the largest frame for each idle peer.
+//! Never splits a frame with another, and never holds more than [`OUTBOX_BYTES`] and one frame that goes out, nor more
+//! than a turn's bytes and one frame that came in.
+//! What comes is read [`AHEAD_BYTES`] at once, the rest of a large frame right to where it is kept; after [`TURN_BYTES`]
+//! reading pauses until the owner's next turn, so that one busy sender leaves time to all others.
 
 use std::{
     cell::RefCell,
-    collections::VecDeque,
-    io::{self, IoSlice},
-    pin::Pin,
+    future::Future,
+    io,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
 };
 
 use bytes::{BufMut, Bytes, BytesMut};
+use peerfleet_proto::wire::websocket::{MAX_HEADER_BYTES, Outbox, Separator, Side, Taken, put_header};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 
@@ -29,80 +31,40 @@ pub(crate) const OUTBOX_BYTES: usize = 64 * 1024;
 /// Bytes read ahead at once: with less, a busy sender costs a system call for each few frames.
 const AHEAD_BYTES: usize = 64 * 1024;
 
+/// A Datagram frame of this size is worth two system calls: one for its first bytes, one that reads the rest to where it
+/// is kept. Smaller ones are read many at once and copied.
+const LARGE_BYTES: usize = 32 * 1024;
+
 /// Bytes read per turn of the owner: some hundred small frames or a few of the largest, a fraction of a millisecond.
 const TURN_BYTES: usize = 256 * 1024;
-
-/// Longest header of a frame that a server sends (RFC 6455 §5.2: two bytes, and eight of length).
-pub(crate) const MAX_HEADER_BYTES: usize = 10;
-
-/// Frames in one write; Linux takes 1,024, and 64 of 1 KiB fill the outbox.
-const SLICES: usize = 64;
 
 /// A frame ready for the wire: the header of an unmasked binary WebSocket message, then the payload.
 pub(crate) fn wire(payload: &[u8]) -> Bytes {
     let mut frame = BytesMut::with_capacity(MAX_HEADER_BYTES + payload.len());
-    put_header(&mut frame, payload.len());
+    put_header(&mut frame, payload.len(), None);
     frame.put_slice(payload);
     frame.freeze()
 }
 
-/// Writes the header of an unmasked, unfragmented binary message (RFC 6455 §5.2).
-pub(crate) fn put_header(frame: &mut BytesMut, len: usize) {
-    const FINAL_BINARY: u8 = 0x82;
-    frame.put_u8(FINAL_BINARY);
-    match (u8::try_from(len), u16::try_from(len)) {
-        (Ok(len), _) if len < 126 => frame.put_u8(len),
-        (_, Ok(len)) => {
-            frame.put_u8(126);
-            frame.put_u16(len);
-        }
-        _ => {
-            frame.put_u8(127);
-            frame.put_u64(len as u64);
-        }
-    }
-}
-
-/// What is on its way into the socket.
+/// What was read and is tungstenite's.
 #[derive(Debug, Default)]
-pub(crate) struct Outbox {
-    frames: VecDeque<Bytes>,
-    bytes: usize,
-}
-
-impl Outbox {
-    pub(crate) fn has_room(&self) -> bool {
-        self.bytes < OUTBOX_BYTES
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.frames.is_empty()
-    }
-
-    pub(crate) fn push(&mut self, frame: Bytes) {
-        self.bytes += frame.len();
-        self.frames.push_back(frame);
-    }
-
-    fn written(&mut self, mut count: usize) {
-        self.bytes -= count;
-        while let Some(front) = self.frames.front_mut() {
-            if count < front.len() {
-                bytes::Buf::advance(front, count);
-                return;
-            }
-            count -= front.len();
-            self.frames.pop_front();
-        }
-        self.frames = VecDeque::new();
-    }
-}
-
-/// Bytes that were read before anybody asked.
-#[derive(Debug, Default)]
-struct Ahead {
+struct Library {
     bytes: Vec<u8>,
     at: usize,
+}
+
+impl Library {
+    /// Gives as much as fits; whether that was anything.
+    fn give(&mut self, buffer: &mut ReadBuf<'_>) -> bool {
+        let waiting = &self.bytes[self.at..];
+        let count = waiting.len().min(buffer.remaining());
+        buffer.put_slice(&waiting[..count]);
+        self.at += count;
+        if self.at == self.bytes.len() {
+            *self = Self::default();
+        }
+        count > 0
+    }
 }
 
 /// A TCP socket with an [`Outbox`], as tungstenite sees it.
@@ -110,9 +72,11 @@ struct Ahead {
 pub(crate) struct Socket {
     stream: TcpStream,
     outbox: Outbox,
-    ahead: Ahead,
-    /// Whether the last read filled its buffer, so that more is probably waiting.
-    busy: bool,
+    separator: Separator,
+    library: Library,
+    taken: Vec<Taken>,
+    /// Whether the frame before was large, so that the next one probably is.
+    large: bool,
     /// Bytes that the operating system has taken, ever: a writer that makes progress is not stalled.
     sent: u64,
     /// Bytes that may still be read in this turn.
@@ -120,13 +84,25 @@ pub(crate) struct Socket {
 }
 
 thread_local! {
-    /// Where reads ahead land first; what is left over is kept in its exact size.
+    /// Where what is read lands first; what is kept is kept in its exact size.
     static LANDING: RefCell<Vec<u8>> = RefCell::new(vec![0; AHEAD_BYTES]);
 }
 
 impl Socket {
-    pub(crate) fn new(stream: TcpStream) -> Self {
-        Self { stream, outbox: Outbox::default(), ahead: Ahead::default(), busy: false, sent: 0, allowance: TURN_BYTES }
+    /// `rest` was read already, behind the request for the WebSocket.
+    pub(crate) fn new(stream: TcpStream, rest: &[u8]) -> Self {
+        let mut socket = Self {
+            stream,
+            outbox: Outbox::default(),
+            separator: Separator::new(Side::Server),
+            library: Library::default(),
+            taken: Vec::new(),
+            large: false,
+            sent: 0,
+            allowance: TURN_BYTES,
+        };
+        socket.separator.feed(rest, &mut socket.library.bytes, &mut socket.taken);
+        socket
     }
 
     /// The port that the peer came in at.
@@ -136,6 +112,16 @@ impl Socket {
 
     pub(crate) fn outbox(&mut self) -> &mut Outbox {
         &mut self.outbox
+    }
+
+    /// From now on Datagram frames go past tungstenite: see [`Self::taken`].
+    pub(crate) fn take_datagrams(&mut self) {
+        self.separator.take_datagrams();
+    }
+
+    /// Datagram frames that came since the last call.
+    pub(crate) fn taken(&mut self) -> Vec<Taken> {
+        std::mem::take(&mut self.taken)
     }
 
     /// The owner begins a turn: reading may go on.
@@ -158,65 +144,53 @@ impl Socket {
 
     /// Writes until the outbox is empty or the socket takes no more.
     pub(crate) fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.outbox.is_empty() {
-            let mut slices = [IoSlice::new(&[]); SLICES];
-            let mut count = 0;
-            for (slice, frame) in slices.iter_mut().zip(&self.outbox.frames) {
-                *slice = IoSlice::new(frame);
-                count += 1;
-            }
-            let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, &slices[..count]))?;
+        let Self { stream, outbox, .. } = self;
+        while !outbox.is_empty() {
+            let written = ready!(outbox.write(|slices| Pin::new(&mut *stream).poll_write_vectored(cx, slices)))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.sent += written as u64;
-            self.outbox.written(written);
+            outbox.written(written);
         }
         Poll::Ready(Ok(()))
     }
 
-    fn take_ahead(&mut self, buffer: &mut ReadBuf<'_>) {
-        let waiting = &self.ahead.bytes[self.ahead.at..];
-        let count = waiting.len().min(buffer.remaining());
-        buffer.put_slice(&waiting[..count]);
-        self.ahead.at += count;
-        if self.ahead.at == self.ahead.bytes.len() {
-            self.ahead = Ahead::default();
+    /// Reads once and sorts what came; how many bytes that were.
+    fn poll_sort(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let Self { stream, separator, library, taken, large, .. } = self;
+        if let Some(rest) = separator.rest() {
+            let count = ready!(pin!(stream.read_buf(rest)).poll(cx))?;
+            if let Some(frame) = separator.settle() {
+                *large = frame.payload().len() >= LARGE_BYTES;
+                taken.push(frame);
+            }
+            return Poll::Ready(Ok(count));
         }
-    }
-
-    fn poll_read_ahead(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         LANDING.with_borrow_mut(|landing| {
-            let mut read = ReadBuf::new(landing);
-            let polled = Pin::new(&mut self.stream).poll_read(cx, &mut read);
-            self.busy = false;
-            ready!(polled)?;
-            let filled = read.filled();
-            let (now, later) = filled.split_at(filled.len().min(buffer.remaining()));
-            buffer.put_slice(now);
-            self.busy = !later.is_empty();
-            self.ahead = Ahead { bytes: later.to_vec(), at: 0 };
-            Poll::Ready(Ok(()))
+            let room = if *large { MAX_HEADER_BYTES + 1 } else { landing.len() };
+            let mut read = ReadBuf::new(&mut landing[..room]);
+            ready!(Pin::new(stream).poll_read(cx, &mut read))?;
+            separator.feed(read.filled(), &mut library.bytes, taken);
+            *large = *large && separator.rest().is_some_and(|rest| rest.remaining_mut() >= LARGE_BYTES / 2);
+            Poll::Ready(Ok(read.filled().len()))
         })
     }
 }
 
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.allowance == 0 {
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+        while !self.library.give(buffer) {
+            if self.allowance == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let count = ready!(self.poll_sort(cx))?;
+            if count == 0 {
+                break;
+            }
+            self.charge(count);
         }
-        let before = buffer.filled().len();
-        if self.ahead.at < self.ahead.bytes.len() {
-            self.take_ahead(buffer);
-        } else if self.busy {
-            ready!(self.poll_read_ahead(cx, buffer))?;
-        } else {
-            ready!(Pin::new(&mut self.stream).poll_read(cx, buffer))?;
-            self.busy = buffer.remaining() == 0;
-        }
-        self.allowance = self.allowance.saturating_sub(buffer.filled().len() - before);
         Poll::Ready(Ok(()))
     }
 }
@@ -224,7 +198,7 @@ impl AsyncRead for Socket {
 impl AsyncWrite for Socket {
     /// Takes all of `bytes` or nothing, so that a pong never lands inside a data frame.
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        while !self.outbox.has_room() {
+        while self.outbox.bytes() >= OUTBOX_BYTES {
             ready!(self.poll_drain(cx))?;
         }
         self.outbox.push(Bytes::copy_from_slice(bytes));
@@ -239,37 +213,5 @@ impl AsyncWrite for Socket {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_drain(cx))?;
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn header_is_the_shortest_of_its_length() {
-        for (len, header) in [
-            (0, &[0x82, 0][..]),
-            (125, &[0x82, 125]),
-            (126, &[0x82, 126, 0, 126]),
-            (65_535, &[0x82, 126, 0xff, 0xff]),
-            (65_536, &[0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]),
-        ] {
-            assert_eq!(&wire(&vec![7; len])[..header.len()], header);
-            assert_eq!(wire(&vec![7; len]).len(), header.len() + len);
-        }
-    }
-
-    #[test]
-    fn outbox_forgets_exactly_what_was_written() {
-        let mut outbox = Outbox::default();
-        for byte in 0..3_u8 {
-            outbox.push(vec![byte; 10].into());
-        }
-        outbox.written(15);
-        assert_eq!((outbox.bytes, outbox.frames.len()), (15, 2));
-        assert_eq!(outbox.frames[0], [1; 5][..]);
-        outbox.written(15);
-        assert!(outbox.is_empty() && outbox.has_room());
     }
 }

@@ -25,6 +25,7 @@ use peerfleet_proto::{
             ClosingReason, Member, Multicast, PeerFrame, PeerToRelay, RefusalReason, Refused, RelayToPeer, SLOT_OFFSET,
             Welcome, control,
         },
+        websocket::{MAX_HEADER_BYTES, Taken, put_header},
     },
 };
 use tokio::time::{Instant, Sleep};
@@ -36,7 +37,7 @@ use crate::{
     Core,
     metrics::{CloseReason, DropReason, Forwarded},
     rooms::Seat,
-    socket::{MAX_HEADER_BYTES, put_header, wire},
+    socket::{OUTBOX_BYTES, wire},
 };
 
 /// Members are told to a newcomer in frames of about this size: small enough not to keep large buffers anywhere.
@@ -90,6 +91,7 @@ impl Membership {
             stun_alternate: ws.get_ref().local_port().and_then(|port| core.alternate(port)),
         });
         ws.get_mut().outbox().push(wire(&control(&welcome)));
+        ws.get_mut().take_datagrams();
         debug!(%remote, room = short(seat.room()), slot = %seat.slot(), "joined");
         Box::new(Self {
             core,
@@ -136,7 +138,13 @@ impl Membership {
 
     fn read(&mut self, cx: &mut Context<'_>, now: Instant) -> ControlFlow<CloseReason> {
         self.ws.get_mut().begin_turn();
-        while let Poll::Ready(next) = self.ws.poll_next_unpin(cx) {
+        loop {
+            let next = self.ws.poll_next_unpin(cx);
+            for taken in self.ws.get_mut().taken() {
+                self.heard = now;
+                self.pass_on(taken)?;
+            }
+            let Poll::Ready(next) = next else { return ControlFlow::Continue(()) };
             self.heard = now;
             match next {
                 Some(Ok(Message::Binary(frame))) => self.handle(&frame, now)?,
@@ -146,6 +154,16 @@ impl Membership {
                 Some(Err(fault)) => return ControlFlow::Break(blame(&fault)),
             }
         }
+    }
+
+    /// A Datagram frame that tungstenite did not see.
+    fn pass_on(&mut self, taken: Taken) -> ControlFlow<CloseReason> {
+        let Ok(PeerFrame::Datagram { to }) = PeerFrame::split(taken.payload()) else {
+            return ControlFlow::Break(CloseReason::Malformed);
+        };
+        let bytes = taken.payload().len();
+        let sent = self.seat.send_datagram(to, taken.readdressed(self.seat.slot()));
+        self.account_datagram(bytes, sent);
         ControlFlow::Continue(())
     }
 
@@ -250,7 +268,7 @@ impl Membership {
     fn fill(&mut self) -> Option<ClosingReason> {
         let outbox = self.ws.get_mut().outbox();
         while let Some(members) = &mut self.roster {
-            if !outbox.has_room() {
+            if outbox.bytes() >= OUTBOX_BYTES {
                 break;
             }
             let (frame, last) = roster_frame(members);
@@ -300,7 +318,7 @@ impl Membership {
 /// A frame ready for the wire that differs from what came in nothing but the slot: the source for the destination.
 fn readdress(frame: &[u8], from: Slot) -> Bytes {
     let mut wire = BytesMut::with_capacity(MAX_HEADER_BYTES + frame.len());
-    put_header(&mut wire, frame.len());
+    put_header(&mut wire, frame.len(), None);
     wire.put_slice(&frame[..SLOT_OFFSET]);
     wire.put_u32(from.0);
     wire.put_slice(&frame[SLOT_OFFSET + 4..]);
