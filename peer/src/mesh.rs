@@ -27,6 +27,7 @@ use crate::random;
 mod actor;
 mod agreement;
 mod asks;
+mod carrier;
 mod congestion;
 mod dial;
 mod evidence;

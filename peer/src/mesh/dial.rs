@@ -12,6 +12,8 @@ use peerfleet_proto::limits::MAX_FRAME_BYTES;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config, tungstenite::protocol::WebSocketConfig};
 
+use super::carrier::Carrier;
+
 mod addresses;
 mod fault;
 mod proxy;
@@ -26,7 +28,7 @@ pub use url::{InvalidRelayUrl, RelayUrl};
 
 pub(super) use fault::DialFault;
 use fault::{Party, Step};
-use transport::Transport;
+pub(super) use transport::Transport;
 
 /// Time for all steps together. Below the ten seconds that a command waits for its room, so that it can still say which
 /// step they were spent on; three tries of a lost SYN (1, 2 and 4 s, RFC 6298 §2) fit in.
@@ -36,11 +38,8 @@ const DIAL_DEADLINE: Duration = Duration::from_secs(9);
 /// have no address here, and some networks never say so; the addresses are wanted for direct paths alone.
 const LOOKUP_GRACE: Duration = Duration::from_millis(250);
 
-/// Bytes read from the socket at once: four batches of packets; the buffer is all that an idle connection holds.
-const READ_BUFFER_BYTES: usize = 64 * 1024;
-
-/// Bytes gathered before the socket is written.
-const WRITE_BUFFER_BYTES: usize = 128 * 1024;
+/// Bytes that the WebSocket library reads at once: it clears as many before each read. It grows to what a message takes.
+const READ_BUFFER_BYTES: usize = 4 * 1024;
 
 /// What a relay is dialled with besides its URL.
 #[derive(Debug, Clone, Default)]
@@ -52,7 +51,7 @@ pub struct DialConfig {
 }
 
 /// An open WebSocket to a relay.
-pub(super) type RelaySocket = WebSocketStream<Transport>;
+pub(super) type RelaySocket = WebSocketStream<Carrier>;
 
 /// A connection to a relay.
 pub(super) struct Dialled {
@@ -91,7 +90,7 @@ impl Attempt<'_> {
         let (stream, addresses) = self.reach().await?;
         let relay = Party::Relay(self.url.authority());
         let request = upgrade::request(self.url);
-        let upgrading = client_async_with_config(request, stream, Some(websocket_config()));
+        let upgrading = client_async_with_config(request, Carrier::new(stream), Some(websocket_config()));
         let upgraded = self.within(Step::Upgrade, &relay, upgrading).await?;
         let (socket, _response) = upgraded.map_err(|error| upgrade::fault(self.url, error))?;
         Ok(Dialled { socket, addresses })
@@ -178,8 +177,8 @@ impl Attempt<'_> {
 fn websocket_config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER_BYTES)
-        .write_buffer_size(WRITE_BUFFER_BYTES)
-        .max_write_buffer_size(2 * WRITE_BUFFER_BYTES + MAX_FRAME_BYTES)
+        .write_buffer_size(0)
+        .max_write_buffer_size(2 * MAX_FRAME_BYTES)
         .max_message_size(Some(MAX_FRAME_BYTES))
         .max_frame_size(Some(MAX_FRAME_BYTES))
 }

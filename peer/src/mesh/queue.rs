@@ -1,14 +1,18 @@
 //! A queue of packet batches, bounded in bytes, that makes room by dropping the oldest.
 //!
 //! In: batches from one side of a link's socket. Out: the same batches in order, to one reader that is woken.
-//! Never waits and never refuses: what it carries is repaired by QUIC, and an old packet is worth less than a new one.
+//! Never waits and never refuses: what it carries is repaired by QUIC, and an old packet is worth less than a new one. A writer
+//! that can wait asks whether it is half full first, and then drops nothing.
 //! Bounds: bytes, given at making; drops are counted.
 
 use std::{
     collections::VecDeque,
+    pin::pin,
     sync::{Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
 };
+
+use tokio::sync::Notify;
 
 /// Something that counts in bytes.
 pub(super) trait Weigh {
@@ -27,6 +31,7 @@ impl Weigh for bytes::Bytes {
 pub(super) struct DropOldest<T> {
     limit_bytes: usize,
     state: Mutex<State<T>>,
+    emptier: Notify,
 }
 
 #[derive(Debug)]
@@ -41,7 +46,28 @@ impl<T: Weigh> DropOldest<T> {
     /// An empty queue of at most `limit_bytes`.
     pub(super) fn new(limit_bytes: usize) -> Self {
         let state = State { items: VecDeque::new(), bytes: 0, dropped: 0, reader: None };
-        Self { limit_bytes, state: Mutex::new(state) }
+        Self { limit_bytes, state: Mutex::new(state), emptier: Notify::new() }
+    }
+
+    /// Whether it is half full: who can wait should, for [`Self::emptier`].
+    pub(super) fn is_half_full(&self) -> bool {
+        self.lock().bytes > self.limit_bytes / 2
+    }
+
+    /// Waits until it is no more than a quarter full.
+    pub(super) async fn emptier(&self) {
+        loop {
+            let mut emptier = pin!(self.emptier.notified());
+            emptier.as_mut().enable();
+            if self.lock().bytes <= self.low() {
+                return;
+            }
+            emptier.await;
+        }
+    }
+
+    fn low(&self) -> usize {
+        self.limit_bytes / 4
     }
 
     /// Adds at the end, and drops at the front what no longer fits.
@@ -71,19 +97,27 @@ impl<T: Weigh> DropOldest<T> {
 
     /// Takes the first, if there is one now.
     pub(super) fn pop(&self) -> Option<T> {
-        self.lock().pop()
+        let mut state = self.lock();
+        let before = state.bytes;
+        let item = state.pop();
+        if before > self.low() && state.bytes <= self.low() {
+            drop(state);
+            self.emptier.notify_waiters();
+        }
+        item
     }
 
     /// Takes the first; the reader is woken when there is one.
     pub(super) fn poll_pop(&self, cx: &Context<'_>) -> Poll<T> {
-        let mut state = self.lock();
-        match state.pop() {
-            Some(item) => Poll::Ready(item),
-            None => {
-                state.reader = Some(cx.waker().clone());
-                Poll::Pending
-            }
+        if let Some(item) = self.pop() {
+            return Poll::Ready(item);
         }
+        let mut state = self.lock();
+        let item = state.pop();
+        if item.is_none() {
+            state.reader = Some(cx.waker().clone());
+        }
+        item.map_or(Poll::Pending, Poll::Ready)
     }
 
     /// Drops everything, because nobody will read it.
@@ -92,6 +126,8 @@ impl<T: Weigh> DropOldest<T> {
         state.dropped += state.items.len() as u64;
         state.items = VecDeque::new();
         state.bytes = 0;
+        drop(state);
+        self.emptier.notify_waiters();
     }
 
     /// How many were dropped so far.
@@ -139,6 +175,41 @@ mod tests {
         queue.push(Bytes::from_static(b"a"));
         assert_eq!(count.load(std::sync::atomic::Ordering::Relaxed), 1);
         assert_eq!(queue.poll_pop(&cx), Poll::Ready(Bytes::from_static(b"a")));
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_room_goes_on_when_a_quarter_is_left_or_all_is_dropped() {
+        let queue = DropOldest::new(16);
+        let full = || (0..3).for_each(|_| queue.push(Bytes::from_static(b"aaaa")));
+        assert!(!queue.is_half_full());
+        queue.emptier().await;
+        full();
+        assert!(queue.is_half_full());
+        let mut waiting = by_hand(queue.emptier());
+        assert!(waiting.poll().is_pending());
+        queue.pop();
+        assert!(waiting.poll().is_pending());
+        queue.pop();
+        assert!(waiting.poll().is_ready());
+        full();
+        let mut waiting = by_hand(queue.emptier());
+        assert!(waiting.poll().is_pending());
+        queue.clear();
+        assert!(waiting.poll().is_ready());
+        assert!(!queue.is_half_full());
+    }
+
+    /// A future that is polled by hand.
+    struct ByHand<F>(std::pin::Pin<Box<F>>);
+
+    impl<F: Future> ByHand<F> {
+        fn poll(&mut self) -> Poll<F::Output> {
+            self.0.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+        }
+    }
+
+    fn by_hand<F: Future>(future: F) -> ByHand<F> {
+        ByHand(Box::pin(future))
     }
 
     fn futures_waker() -> (Waker, std::sync::Arc<std::sync::atomic::AtomicUsize>) {

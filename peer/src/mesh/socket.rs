@@ -3,8 +3,10 @@
 //! In: QUIC's batches for a mapped address; UDP packets; Datagram frames that the uplink brought. Out: UDP packets
 //! (GSO kept), Datagram frames for the uplink (one batch is one frame), batches for QUIC under the mapped address of
 //! whose they are, and STUN packets and notes of traffic for the path machine.
-//! Never blocks, never ends for an error of the network, and never passes on what came from an unproved source.
-//! Bounds: [`RELAY_QUEUE_BYTES`] each way between here and the uplink, oldest dropped first.
+//! Never blocks, never ends for an error of the network, and never passes on what came from an unproved source. A link whose
+//! packets the uplink does not take holds them back; one that is direct never waits for the relay.
+//! Bounds: [`RELAY_QUEUE_BYTES`] towards the uplink and [`ARRIVED_BYTES`] from it, oldest dropped first; a link waits
+//! [`RELAY_PATIENCE`] before it looks again whether it has another path.
 
 use std::{
     fmt,
@@ -14,10 +16,10 @@ use std::{
     pin::Pin,
     sync::{
         Arc, PoisonError, RwLock, Weak,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -25,13 +27,18 @@ use peerfleet_proto::{
     id::Slot,
     path::search::SocketId,
     request::link::Route,
-    wire::relay::{self, Datagram},
+    wire::{
+        relay::{self, Datagram},
+        websocket::MaskingKey,
+    },
 };
 use quinn::{
     AsyncUdpSocket, UdpPoller,
     udp::{RecvMeta, Transmit},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
+
+use crate::random;
 
 use super::{
     Drops, mtu,
@@ -40,9 +47,16 @@ use super::{
     udp::Udp,
 };
 
-/// Batches of packets between QUIC and the uplink, each way, in bytes: 64 batches of ten packets. At 100 Mbit/s that is
-/// 80 ms of queue; what does not fit is dropped, oldest first, which QUIC takes for congestion.
+/// Batches of packets from QUIC to the uplink, in bytes: 64 batches of ten packets. Links hold back from half of it on, at
+/// 100 Mbit/s 40 ms of queue; what does not fit nevertheless is dropped, oldest first, which QUIC takes for congestion.
 pub(super) const RELAY_QUEUE_BYTES: usize = 64 * 10 * 1472;
+
+/// Batches of packets from the uplink to QUIC, in bytes: what arrives while the thread of the links waits for a processor,
+/// 10 ms at 400 MB/s. They have come all the way: to drop them costs more than to keep them.
+const ARRIVED_BYTES: usize = 4 * 1024 * 1024;
+
+/// How long a link waits for the uplink to take its packets before it looks again whether it has another path.
+const RELAY_PATIENCE: Duration = Duration::from_millis(25);
 
 /// Packets of one batch where UDP does not limit it; QUIC makes no longer ones.
 const RELAYED_BATCH: usize = 10;
@@ -105,7 +119,7 @@ impl Weigh for Relayed {
 pub(super) struct Switch {
     /// Which way each link's packets travel.
     pub(super) routes: Routes,
-    /// Datagram frames for the relay.
+    /// Datagram frames for the relay, ready for the wire.
     pub(super) to_relay: DropOldest<Bytes>,
     from_relay: DropOldest<Relayed>,
     stray: AtomicU64,
@@ -117,7 +131,7 @@ impl Switch {
         Self {
             routes: Routes::default(),
             to_relay: DropOldest::new(RELAY_QUEUE_BYTES),
-            from_relay: DropOldest::new(RELAY_QUEUE_BYTES),
+            from_relay: DropOldest::new(ARRIVED_BYTES),
             stray: AtomicU64::new(0),
         }
     }
@@ -147,6 +161,24 @@ impl Switch {
     }
 }
 
+#[cfg(test)]
+impl Switch {
+    /// What the relay would read next.
+    pub(super) async fn next_for_relay(&self) -> Datagram {
+        use peerfleet_proto::wire::{
+            relay::RelayFrame,
+            websocket::{Separator, Side},
+        };
+        let frame = std::future::poll_fn(|cx| self.to_relay.poll_pop(cx)).await;
+        let (mut separator, mut taken) = (Separator::new(Side::Server), Vec::new());
+        separator.take_datagrams();
+        separator.feed(&frame, &mut Vec::new(), &mut taken);
+        let payload = taken.pop().expect("a Datagram frame").into_payload();
+        let Ok(RelayFrame::Datagram(datagram)) = RelayFrame::read(&payload) else { panic!("not a datagram") };
+        datagram
+    }
+}
+
 /// The socket that QUIC is given.
 pub(super) struct MappedSocket {
     switch: Arc<Switch>,
@@ -157,6 +189,9 @@ pub(super) struct MappedSocket {
     epoch: Instant,
     /// Which source of packets is looked at first, in turn.
     turn: AtomicUsize,
+    /// Whether the last batch was held back because the uplink has enough: the link that gave it asks next when it may
+    /// send again, on the same thread.
+    held_back: AtomicBool,
 }
 
 impl fmt::Debug for MappedSocket {
@@ -175,7 +210,15 @@ impl MappedSocket {
                 None
             }
         });
-        Self { switch, udp, kept: RwLock::default(), notes, epoch: Instant::now(), turn: AtomicUsize::new(0) }
+        Self {
+            switch,
+            udp,
+            kept: RwLock::default(),
+            notes,
+            epoch: Instant::now(),
+            turn: AtomicUsize::new(0),
+            held_back: AtomicBool::new(false),
+        }
     }
 
     /// The port of the UDP socket, and whether it speaks IPv6 as well as IPv4; `None` without UDP.
@@ -215,17 +258,29 @@ impl MappedSocket {
     }
 
     /// Sends a batch as one frame, or as a few where its packets are large.
-    fn send_relayed(&self, remote: &Remote, to: Slot, transmit: &Transmit<'_>) {
+    ///
+    /// # Errors
+    /// `WouldBlock` where the uplink has enough to carry.
+    fn send_relayed(&self, remote: &Remote, to: Slot, transmit: &Transmit<'_>) -> io::Result<()> {
         let packet = transmit.segment_size.unwrap_or(transmit.contents.len());
-        let Ok(segment) = u16::try_from(packet) else { return self.switch.count_stray() };
+        let Ok(segment) = u16::try_from(packet) else {
+            self.switch.count_stray();
+            return Ok(());
+        };
         if !remote.may_relay(packet) {
-            return;
+            return Ok(());
+        }
+        if self.switch.to_relay.is_half_full() {
+            self.held_back.store(true, Ordering::Relaxed);
+            return Err(io::ErrorKind::WouldBlock.into());
         }
         let whole_packets = (FRAME_BYTES / packet.max(1)).max(1) * packet;
         for batch in transmit.contents.chunks(whole_packets.max(1)) {
-            self.switch.to_relay.push(relay::datagram(to, remote.route.lane(), segment, batch));
+            let key = MaskingKey(random::bytes());
+            self.switch.to_relay.push(relay::masked_datagram(to, remote.route.lane(), segment, batch, key));
         }
         remote.count_relayed(transmit.contents.len());
+        Ok(())
     }
 
     fn note(&self, note: FromSocket) {
@@ -330,7 +385,7 @@ impl AsyncUdpSocket for MappedSocket {
                 let kept = remote.kept(to);
                 self.send_direct(kept.as_ref().unwrap_or(udp), &remote, to, transmit)?;
             }
-            (_, _, Some(to)) => self.send_relayed(&remote, to, transmit),
+            (_, _, Some(to)) => return self.send_relayed(&remote, to, transmit),
             (_, _, None) => self.switch.count_stray(),
         }
         Ok(())
@@ -392,6 +447,14 @@ impl fmt::Debug for Writable {
 impl UdpPoller for Writable {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.waiting.is_none() && this.socket.held_back.swap(false, Ordering::Relaxed) {
+            let switch = Arc::clone(&this.socket.switch);
+            this.waiting = Some(Box::pin(async move {
+                // Either way the link tries again, by the path that it has then.
+                _ = timeout(RELAY_PATIENCE, switch.to_relay.emptier()).await;
+                Ok(())
+            }));
+        }
         if this.waiting.is_none() {
             let sockets = this.socket.udp.iter().cloned().chain(this.socket.kept());
             let Some(full) = sockets.into_iter().find(|udp| udp.is_full()) else {

@@ -4,7 +4,7 @@
 //! Datagrams go straight to the links and all others to the mesh.
 //! Never holds more than the WebSocket's own buffers: when the relay does not read, messages wait with the mesh and the
 //! oldest datagrams are dropped; when the mesh does not read, the relay is not read.
-//! Bounds: [`READ_BUDGET`] frames a turn before writing gets its turn, [`FLUSH_BYTES`] written before a flush.
+//! Bounds: [`READ_BUDGET`] frames a turn before writing gets its turn; those of [`super::carrier`].
 
 use std::{
     future::poll_fn,
@@ -16,7 +16,10 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
-use peerfleet_proto::{fault::Malformed, wire::relay::RelayFrame};
+use peerfleet_proto::{
+    fault::Malformed,
+    wire::{relay::RelayFrame, websocket::Taken},
+};
 use tokio::sync::mpsc;
 use tokio_tungstenite::tungstenite::{self, Message};
 
@@ -24,9 +27,6 @@ use super::{dial::RelaySocket, socket::Switch};
 
 /// Frames read in one turn before writing gets its turn.
 const READ_BUDGET: usize = 64;
-
-/// Bytes written before a flush: the socket's own send buffer is of this order.
-const FLUSH_BYTES: usize = 256 * 1024;
 
 /// Frames from the relay that may wait for the mesh.
 pub(super) const INBOUND_FRAMES: usize = 256;
@@ -66,6 +66,14 @@ pub(super) enum WireFault {
     Broken(#[from] Box<tungstenite::Error>),
 }
 
+/// What goes out next.
+enum Outgoing {
+    /// By the WebSocket library.
+    Message(Message),
+    /// Past it: ready for the wire.
+    Datagram(Bytes),
+}
+
 /// The task's state.
 pub(super) struct Wire {
     socket: RelaySocket,
@@ -73,7 +81,6 @@ pub(super) struct Wire {
     outbound: mpsc::Receiver<ToRelay>,
     inbound: mpsc::Sender<FromRelay>,
     waiting: Option<FromRelay>,
-    unflushed: usize,
     leaving: bool,
     /// The number of the last ping, and when it was written.
     pinged: (u32, Option<Instant>),
@@ -89,7 +96,7 @@ impl Wire {
     ) -> Self {
         // What piled up for an earlier connection names slots that are gone.
         switch.to_relay.clear();
-        Self { socket, switch, outbound, inbound, waiting: None, unflushed: 0, leaving: false, pinged: (0, None) }
+        Self { socket, switch, outbound, inbound, waiting: None, leaving: false, pinged: (0, None) }
     }
 
     /// Reads and writes until the connection ends.
@@ -115,6 +122,7 @@ impl Wire {
 
     /// Reads up to the budget; pending when there is nothing more to read, or nobody to take it.
     fn read(&mut self, cx: &mut Context<'_>, reserve: &mut Reserve) -> Poll<Result<(), WireFault>> {
+        self.socket.get_mut().begin_turn();
         for _ in 0..READ_BUDGET {
             if let Some(frame) = self.waiting.take() {
                 match reserve.poll_send(&self.inbound, frame, cx) {
@@ -126,12 +134,22 @@ impl Wire {
                     Err(Refusal::Gone) => return Poll::Ready(Err(WireFault::Left)),
                 }
             }
-            let Some(message) = ready!(Pin::new(&mut self.socket).poll_next(cx)) else {
-                return Poll::Ready(Err(WireFault::Closed));
-            };
+            let next = Pin::new(&mut self.socket).poll_next(cx);
+            for taken in self.socket.get_mut().taken() {
+                self.take(taken)?;
+            }
+            let Some(message) = ready!(next) else { return Poll::Ready(Err(WireFault::Closed)) };
             self.sort(message.map_err(Box::new)?)?;
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// A Datagram frame that the WebSocket library did not see.
+    fn take(&self, taken: Taken) -> Result<(), WireFault> {
+        if let RelayFrame::Datagram(datagram) = RelayFrame::read(&taken.into_payload())? {
+            self.switch.relayed(datagram);
+        }
+        Ok(())
     }
 
     fn sort(&mut self, message: Message) -> Result<(), WireFault> {
@@ -150,34 +168,37 @@ impl Wire {
         Ok(())
     }
 
-    /// Feeds all that is ready, messages first, then flushes once; pending when there is nothing or no room.
+    /// Hands over all that is ready, messages first, then flushes once; pending when there is nothing or no room.
     fn write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WireFault>> {
         loop {
-            while self.unflushed < FLUSH_BYTES {
+            while self.socket.get_ref().has_room() {
                 ready!(Pin::new(&mut self.socket).poll_ready(cx)).map_err(Box::new)?;
-                let Some(message) = self.next(cx) else { break };
-                self.unflushed += message.len().max(1);
-                Pin::new(&mut self.socket).start_send(message).map_err(Box::new)?;
+                match self.next(cx) {
+                    Some(Outgoing::Message(message)) => {
+                        Pin::new(&mut self.socket).start_send(message).map_err(Box::new)?;
+                    }
+                    Some(Outgoing::Datagram(frame)) => self.socket.get_mut().push(frame),
+                    None => break,
+                }
             }
-            if self.unflushed == 0 {
+            if !self.socket.get_ref().is_waiting() {
                 return if self.leaving { self.close(cx) } else { Poll::Pending };
             }
             ready!(Pin::new(&mut self.socket).poll_flush(cx)).map_err(Box::new)?;
-            self.unflushed = 0;
         }
     }
 
-    fn next(&mut self, cx: &mut Context<'_>) -> Option<Message> {
+    fn next(&mut self, cx: &mut Context<'_>) -> Option<Outgoing> {
         if !self.leaving {
             match self.outbound.poll_recv(cx) {
-                Poll::Ready(Some(ToRelay::Frame(frame))) => return Some(Message::Binary(frame)),
-                Poll::Ready(Some(ToRelay::Ping)) => return Some(self.ping()),
+                Poll::Ready(Some(ToRelay::Frame(frame))) => return Some(Outgoing::Message(Message::Binary(frame))),
+                Poll::Ready(Some(ToRelay::Ping)) => return Some(Outgoing::Message(self.ping())),
                 Poll::Ready(None) => self.leaving = true,
                 Poll::Pending => {}
             }
         }
         match self.switch.to_relay.poll_pop(cx) {
-            Poll::Ready(frame) => Some(Message::Binary(frame)),
+            Poll::Ready(frame) => Some(Outgoing::Datagram(frame)),
             Poll::Pending => None,
         }
     }

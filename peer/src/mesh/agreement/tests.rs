@@ -1,6 +1,6 @@
 //! Two books whose links are carried by a relay of two queues.
 
-use peerfleet_proto::wire::relay::{Datagram, RelayFrame};
+use peerfleet_proto::wire::relay::Datagram;
 use tokio::{
     task::JoinHandle,
     time::{Duration, timeout},
@@ -84,8 +84,7 @@ fn carry(from: &Side, to: &Side) -> JoinHandle<()> {
     let (sender, slot, receiver) = (Arc::clone(&from.book.switch), from.slot(), Arc::clone(&to.book.switch));
     tokio::spawn(async move {
         loop {
-            let frame = std::future::poll_fn(|cx| sender.to_relay.poll_pop(cx)).await;
-            let RelayFrame::Datagram(datagram) = RelayFrame::read(&frame).unwrap() else { panic!("not a datagram") };
+            let datagram = sender.next_for_relay().await;
             receiver.relayed(Datagram { slot, ..datagram });
         }
     })

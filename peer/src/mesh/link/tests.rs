@@ -8,11 +8,11 @@ use std::{
 use peerfleet_proto::{
     id::{InstanceId, Slot},
     request::link::Route,
-    wire::relay::{Datagram, RelayFrame},
+    wire::relay::Datagram,
 };
 use tokio::task::JoinHandle;
 
-use super::*;
+use super::{super::socket::RELAY_QUEUE_BYTES, *};
 
 /// Longest that anything here may take.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -123,8 +123,7 @@ fn carry(from: &Arc<Switch>, to: &Arc<Switch>, sender: Slot, alive: &Arc<AtomicB
     let (from, to, alive) = (Arc::clone(from), Arc::clone(to), Arc::clone(alive));
     tokio::spawn(async move {
         loop {
-            let frame = std::future::poll_fn(|cx| from.to_relay.poll_pop(cx)).await;
-            let RelayFrame::Datagram(datagram) = RelayFrame::read(&frame).unwrap() else { panic!("not a datagram") };
+            let datagram = from.next_for_relay().await;
             if alive.load(Ordering::Relaxed) {
                 to.relayed(Datagram { slot: sender, ..datagram });
             }
@@ -216,6 +215,43 @@ async fn a_stream_outlives_a_relay_that_is_gone_for_a_while() {
     pair.kick();
     let rest = timeout(Duration::from_secs(1), recv.read_to_end(100)).await.unwrap().unwrap();
     assert_eq!(rest, b"after");
+}
+
+/// A connected pair whose client's uplink has enough to carry and carries nothing, and what fills it.
+async fn held_back() -> (Pair, Connection, Connection, Bytes) {
+    let mut pair = Pair::start().await;
+    let (client, server) = pair.connect().await;
+    let [carrier, _] = &mut pair.carriers;
+    carrier.abort();
+    assert!(carrier.await.unwrap_err().is_cancelled());
+    let filler = Bytes::from(vec![0; RELAY_QUEUE_BYTES / 2 + 1]);
+    pair.client.switch.to_relay.push(filler.clone());
+    (pair, client, server, filler)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_the_relay_holds_back_goes_on_directly() {
+    let (pair, client, server, filler) = held_back().await;
+    let (mut send, _recv) = send_all(&client, b"first by nothing, then directly").await;
+    send.finish().unwrap();
+    pair.go_direct();
+    let (_, mut recv) = timeout(DEADLINE, server.accept_bi()).await.unwrap().unwrap();
+    assert_eq!(recv.read_to_end(100).await.unwrap(), b"first by nothing, then directly");
+    while pair.client.switch.to_relay.pop().expect("what fills it") != filler {}
+    assert_eq!(pair.client.switch.to_relay.pop(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_the_relay_held_back_goes_on_when_it_carries_again_and_nothing_was_dropped() {
+    let (mut pair, client, server, filler) = held_back().await;
+    let before = pair.client.switch.drops().to_relay;
+    let (mut send, _recv) = send_all(&client, b"in a while").await;
+    send.finish().unwrap();
+    while pair.client.switch.to_relay.pop().expect("what fills it") != filler {}
+    pair.carriers[0] = carry(&pair.client.switch, &pair.server.switch, Slot(1), &pair.relay);
+    let (_, mut recv) = timeout(DEADLINE, server.accept_bi()).await.unwrap().unwrap();
+    assert_eq!(recv.read_to_end(100).await.unwrap(), b"in a while");
+    assert_eq!(pair.client.switch.drops().to_relay, before);
 }
 
 #[tokio::test(flavor = "multi_thread")]
