@@ -1,10 +1,21 @@
-//! A bounded number of range-sized buffers that are used again: no transfer's memory grows with its file or its disk's
-//! slowness, and no page is faulted in twice. When all are back, their memory is too: a file at rest costs none.
+//! A bounded number of range-sized buffers that are used again, and of workers that use them: no transfer's memory grows with
+//! its file or its disk's slowness, and no page is faulted in twice. When all are back, their memory is too: a file at rest
+//! costs none.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    num::NonZero,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use peerfleet_proto::transfer::range_bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Who hashes and writes the ranges of one transfer at the same time: half the processors, because the others carry its packets.
+/// More only take turns, and wait for each other at the file (measured on two processors: 6 % more work with four at a time).
+pub(super) fn workers() -> Arc<Semaphore> {
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Arc::new(Semaphore::new((processors / 2).max(1)))
+}
 
 /// Buffers of one transfer.
 pub(super) struct Buffers {

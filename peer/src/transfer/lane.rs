@@ -19,7 +19,10 @@ use peerfleet_proto::{
     },
     transfer::{LaneId, span_of},
 };
-use tokio::{io::AsyncReadExt, sync::mpsc};
+use tokio::{
+    io::AsyncReadExt,
+    sync::{Semaphore, mpsc},
+};
 
 use super::{
     buffers::{Buffer, Buffers},
@@ -42,6 +45,8 @@ pub(super) struct Landing {
     pub(super) buffers: Arc<Buffers>,
     /// Size of the file.
     pub(super) size: u64,
+    /// How many ranges may be hashed and written at once.
+    pub(super) workers: Arc<Semaphore>,
 }
 
 /// What a lane tells the receiver's loop.
@@ -154,7 +159,7 @@ impl Reading {
     /// many are at it.
     fn land(&self, index: u64, buffer: Buffer, claimed: [u8; 32]) {
         let (lane, reports, landing) = (self.id, self.reports.clone(), Arc::clone(&self.landing));
-        tokio::task::spawn_blocking(move || {
+        let work = move || {
             let actual = *blake3::hash(buffer.as_ref()).as_bytes();
             let span = span_of(landing.size, index).expect("it was looked at when the range's head came");
             let intact = claimed == actual;
@@ -167,6 +172,13 @@ impl Reading {
             let _loop_ended = reports.blocking_send(report);
             if stands {
                 landing.whole.pass(index, Bytes::from_owner(buffer));
+            }
+        };
+        let workers = Arc::clone(&self.landing.workers);
+        tokio::spawn(async move {
+            let _permit = workers.acquire().await.expect("the semaphore is never closed");
+            if tokio::task::spawn_blocking(work).await.is_err() {
+                tracing::error!(index, "landing a range ended early");
             }
         });
     }

@@ -35,7 +35,7 @@ use tokio::{
 
 use super::{
     blocking,
-    buffers::Buffers,
+    buffers::{Buffers, workers},
     destination::{Claimed, Partial},
     lane::{Landing, Lane, Report},
     lanes::Lanes,
@@ -171,7 +171,7 @@ impl Order {
         let check = move || check_claimed(&partial, size, claimed);
         let (whole, verified) = blocking(check).await?;
         let partial = Arc::clone(&self.partial);
-        let landing = Arc::new(Landing { partial, whole, buffers: Buffers::new(BUFFERS), size });
+        let landing = Arc::new(Landing { partial, whole, buffers: Buffers::new(BUFFERS), size, workers: workers() });
         let machine = Receiver::new(size, verified, Instant::now());
         let (reports, queue) = mpsc::channel(REPORT_QUEUE);
         let resumed = machine.verified_bytes();

@@ -27,13 +27,13 @@ use peerfleet_proto::{
 };
 use rustix::fs::{Mode, OFlags};
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     time::timeout,
 };
 
 use super::{
     Origin,
-    buffers::{Buffer, Buffers},
+    buffers::{Buffer, Buffers, workers},
     internal,
     place::{self, Stamp, invalid, os_failure, shown},
     whole::{STASH, Whole},
@@ -87,6 +87,7 @@ pub(super) struct OpenSource {
     size: u64,
     stamp: Stamp,
     buffers: Arc<Buffers>,
+    workers: Arc<Semaphore>,
     whole: Whole,
 }
 
@@ -139,6 +140,7 @@ impl Content {
             size: self.size,
             stamp: self.stamp,
             buffers: Buffers::new(BUFFERS),
+            workers: workers(),
             whole: Whole::of_complete(self.size, Box::new(move |bytes, offset| for_whole.read_exact_at(bytes, offset))),
         });
         opened.check_unchanged()?;
@@ -177,16 +179,20 @@ impl OpenSource {
     /// Reads and hashes one range, then hashes what has become due of the whole, without the lane waiting for that.
     async fn range(self: &Arc<Self>, index: u64, span: Span) -> Result<Reply, Failure> {
         let mut buffer = self.buffers.take(span.len as usize).await;
+        let permit = Arc::clone(&self.workers).acquire_owned().await.expect("the semaphore is never closed");
         let (done, range) = oneshot::channel();
         let source = Arc::clone(self);
-        tokio::task::spawn_blocking(move || match source.read(&mut buffer, span) {
-            Ok(()) => {
-                let blake3 = *blake3::hash(buffer.as_ref()).as_bytes();
-                let bytes = Bytes::from_owner(buffer);
-                let _lane_gone = done.send(Ok(Reply::Range { index, blake3, bytes: bytes.clone() }));
-                source.whole.pass(index, bytes);
+        tokio::task::spawn_blocking(move || {
+            match source.read(&mut buffer, span) {
+                Ok(()) => {
+                    let blake3 = *blake3::hash(buffer.as_ref()).as_bytes();
+                    let bytes = Bytes::from_owner(buffer);
+                    let _lane_gone = done.send(Ok(Reply::Range { index, blake3, bytes: bytes.clone() }));
+                    source.whole.pass(index, bytes);
+                }
+                Err(failure) => drop(done.send(Err(failure))),
             }
-            Err(failure) => drop(done.send(Err(failure))),
+            drop(permit);
         });
         range.await.unwrap_or_else(|_| Err(internal("reading a range ended early")))
     }
