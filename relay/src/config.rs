@@ -83,7 +83,7 @@ pub struct Options {
     #[arg(long, env = "RELAY_MESSAGE_QUEUE", value_name = "SIZE")]
     pub message_queue: Option<Size>,
 
-    /// Most bytes of datagrams that wait for one peer [default: 512KiB]
+    /// Most bytes of datagrams that wait for one peer for more than 20 ms; four times that for less [default: 512KiB]
     #[arg(long, env = "RELAY_DATAGRAM_QUEUE", value_name = "SIZE")]
     pub datagram_queue: Option<Size>,
 

@@ -3,6 +3,7 @@
 //! In: frames ready for the wire. Out: the same frames, the most important first, or the reason why one was not taken.
 //! Never blocks a sender and never loses a message in silence: a push answers at once, with a [`DropReason`] if it must.
 //! Open -> Cut (control frames piled up, or the relay says goodbye: nothing more is taken) -> Closed.
+//! Datagrams are bounded in time as well: a burst that the peer is about to take is no queue.
 //! Bounds, in bytes: [`QueueLimits`] per peer, and a [`Budget`] per room and for the relay over all queues of messages
 //! and datagrams. An entry counts [`ENTRY_BYTES`] besides its frame, so that tiny frames are not free.
 
@@ -12,6 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -25,6 +27,13 @@ pub const ENTRY_BYTES: usize = 96;
 /// Capacity above which an emptied queue gives its memory back: a burst should not stay with an idle peer.
 const KEPT_CAPACITY: usize = 8;
 
+/// Datagrams that have waited no longer than this are a burst: between processes that share a processor one waits for its turn
+/// some milliseconds while the other sends a megabyte. A queue that stands for longer only adds delay (RFC 8289 §3).
+const BURST: Duration = Duration::from_millis(20);
+
+/// How many times the bound of a standing queue of datagrams a burst may be: 2 MiB of 512 KiB, 5 ms at 400 MB/s.
+const BURST_FACTOR: usize = 4;
+
 /// Bounds of one peer's queues, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueLimits {
@@ -32,7 +41,7 @@ pub struct QueueLimits {
     pub control: usize,
     /// Messages; beyond it the sender is refused.
     pub messages: usize,
-    /// Datagrams; beyond it the oldest are dropped.
+    /// Datagrams that wait for longer than a moment; beyond it the oldest are dropped. A burst may be four times that.
     pub datagrams: usize,
 }
 
@@ -152,6 +161,8 @@ pub struct Queues {
     presences: BTreeMap<Slot, Bytes>,
     messages: Line,
     datagrams: Line,
+    /// Since when each of the datagrams waits.
+    waiting_since: VecDeque<Instant>,
     state: State,
 }
 
@@ -164,6 +175,7 @@ impl Queues {
             presences: BTreeMap::new(),
             messages: Line::default(),
             datagrams: Line::default(),
+            waiting_since: VecDeque::new(),
             state: State::Open,
         }
     }
@@ -216,12 +228,12 @@ impl Queues {
     ///
     /// # Errors
     /// Why the datagram itself was not taken.
-    pub fn push_datagram(&mut self, frame: Bytes) -> Result<u64, DropReason> {
+    pub fn push_datagram(&mut self, frame: Bytes, now: Instant) -> Result<u64, DropReason> {
         if self.state != State::Open {
             return Err(DropReason::DatagramGone);
         }
         let mut dropped = 0;
-        while self.datagrams.bytes + cost(&frame) > self.shared.limits.datagrams && self.pop_datagram().is_some() {
+        while self.is_too_much(cost(&frame), now) && self.pop_datagram().is_some() {
             dropped += 1;
         }
         self.shared.take(cost(&frame)).map_err(|exhausted| match exhausted {
@@ -229,7 +241,15 @@ impl Queues {
             Exhausted::Relay => DropReason::DatagramRelayFull,
         })?;
         self.datagrams.push(frame);
+        self.waiting_since.push_back(now);
         Ok(dropped)
+    }
+
+    /// Whether the oldest datagram has to go for so many bytes more.
+    fn is_too_much(&self, more: usize, now: Instant) -> bool {
+        let (bytes, limit) = (self.datagrams.bytes + more, self.shared.limits.datagrams);
+        let stands = || self.waiting_since.front().is_some_and(|since| now.saturating_duration_since(*since) > BURST);
+        bytes > limit && (bytes > limit.saturating_mul(BURST_FACTOR) || stands())
     }
 
     /// The next frame: control frames, then presences, then messages, then datagrams.
@@ -249,6 +269,10 @@ impl Queues {
 
     fn pop_datagram(&mut self) -> Option<Bytes> {
         let frame = self.datagrams.pop()?;
+        self.waiting_since.pop_front();
+        if self.waiting_since.is_empty() && self.waiting_since.capacity() > KEPT_CAPACITY {
+            self.waiting_since = VecDeque::new();
+        }
         self.shared.give_back(cost(&frame));
         Some(frame)
     }
@@ -287,6 +311,7 @@ impl Queues {
         self.shared.give_back(self.messages.bytes + self.datagrams.bytes);
         self.messages.clear();
         self.datagrams.clear();
+        self.waiting_since = VecDeque::new();
         self.presences.clear();
     }
 }
@@ -321,7 +346,7 @@ mod tests {
     #[test]
     fn control_goes_before_presences_before_messages_before_datagrams() {
         let (mut queues, _) = queues(10_000, 10_000);
-        queues.push_datagram(frame(4, 1)).unwrap();
+        queues.push_datagram(frame(4, 1), Instant::now()).unwrap();
         queues.push_message(frame(3, 1)).unwrap();
         queues.push_presence(Slot(9), frame(2, 1));
         queues.push_control(frame(1, 1));
@@ -332,9 +357,21 @@ mod tests {
     #[test]
     fn full_datagram_queue_drops_the_oldest() {
         let (mut queues, _) = queues(10_000, 10_000);
-        let dropped: u64 = (0..20).map(|byte| queues.push_datagram(frame(byte, 104)).unwrap()).sum();
-        assert_eq!(dropped, 15);
+        let (start, step) = (Instant::now(), BURST + Duration::from_millis(1));
+        let push = |byte: u8| queues.push_datagram(frame(byte, 104), start + step * byte.into()).unwrap();
+        assert_eq!((0..20).map(push).sum::<u64>(), 15);
         assert_eq!(first_bytes(&mut queues), [15, 16, 17, 18, 19]);
+    }
+
+    #[test]
+    fn a_burst_of_datagrams_may_be_four_times_what_may_stand() {
+        let (mut queues, _) = queues(10_000, 10_000);
+        let start = Instant::now();
+        let dropped: u64 = (0..30).map(|byte| queues.push_datagram(frame(byte, 104), start).unwrap()).sum();
+        assert_eq!(dropped, 10);
+        let later = start + BURST + Duration::from_millis(1);
+        assert_eq!(queues.push_datagram(frame(30, 104), later), Ok(16), "what stands by now is no burst");
+        assert_eq!(first_bytes(&mut queues), [26, 27, 28, 29, 30]);
     }
 
     #[test]
@@ -344,7 +381,7 @@ mod tests {
             queues.push_message(frame(byte, 104)).unwrap();
         }
         assert_eq!(queues.push_message(frame(5, 104)), Err(DropReason::MessageQueueFull));
-        assert_eq!(queues.push_datagram(frame(9, 104)), Ok(0), "datagrams have a queue of their own");
+        assert_eq!(queues.push_datagram(frame(9, 104), Instant::now()), Ok(0), "datagrams have a queue of their own");
         assert_eq!(first_bytes(&mut queues), [0, 1, 2, 3, 4, 9]);
     }
 
@@ -376,11 +413,11 @@ mod tests {
         let (mut small_room, _) = queues(150, 10_000);
         small_room.push_message(frame(0, 10)).unwrap();
         assert_eq!(small_room.push_message(frame(0, 10)), Err(DropReason::MessageRoomFull));
-        assert_eq!(small_room.push_datagram(frame(0, 10)), Err(DropReason::DatagramRoomFull));
+        assert_eq!(small_room.push_datagram(frame(0, 10), Instant::now()), Err(DropReason::DatagramRoomFull));
         let (mut small_relay, shared) = queues(10_000, 150);
-        small_relay.push_datagram(frame(0, 10)).unwrap();
+        small_relay.push_datagram(frame(0, 10), Instant::now()).unwrap();
         assert_eq!(small_relay.push_message(frame(0, 10)), Err(DropReason::MessageRelayFull));
-        assert_eq!(small_relay.push_datagram(frame(0, 10)), Err(DropReason::DatagramRelayFull));
+        assert_eq!(small_relay.push_datagram(frame(0, 10), Instant::now()), Err(DropReason::DatagramRelayFull));
         assert_eq!(shared.room.used(), shared.relay.used());
     }
 
@@ -426,14 +463,15 @@ mod tests {
                     Step::Control(len) => queues.push_control(frame(0, len)),
                     Step::Presence(slot, len) => queues.push_presence(Slot(slot), frame(0, len)),
                     Step::Message(len) => drop(queues.push_message(frame(0, len))),
-                    Step::Datagram(len) => drop(queues.push_datagram(frame(0, len))),
+                    Step::Datagram(len) => drop(queues.push_datagram(frame(0, len), Instant::now())),
                     Step::Pop => drop(queues.pop()),
                     Step::Cut => queues.cut(ClosingReason::Idle),
                     Step::Close => queues.close(),
                 }
                 prop_assert!(queues.control.bytes <= LIMITS.control);
                 prop_assert!(queues.messages.bytes <= LIMITS.messages);
-                prop_assert!(queues.datagrams.bytes <= LIMITS.datagrams);
+                prop_assert!(queues.datagrams.bytes <= LIMITS.datagrams * BURST_FACTOR);
+                prop_assert_eq!(queues.datagrams.frames.len(), queues.waiting_since.len());
                 prop_assert_eq!(shared.room.used(), queues.messages.bytes + queues.datagrams.bytes);
                 prop_assert_eq!(shared.relay.used(), shared.room.used());
             }

@@ -13,6 +13,7 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::Waker,
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -230,9 +231,9 @@ impl Seat {
     }
 
     /// Puts a datagram into a member's mailbox; says how many older ones had to go for it.
-    pub(crate) fn send_datagram(&mut self, to: Slot, frame: Bytes) -> Result<u64, DropReason> {
+    pub(crate) fn send_datagram(&mut self, to: Slot, frame: Bytes, now: Instant) -> Result<u64, DropReason> {
         let reach = self.reach(to).ok_or(DropReason::DatagramGone)?;
-        reach.put(|queues| queues.push_datagram(frame))
+        reach.put(|queues| queues.push_datagram(frame, now))
     }
 
     fn reach(&mut self, to: Slot) -> Option<&Mailbox> {

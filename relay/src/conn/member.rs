@@ -142,7 +142,7 @@ impl Membership {
             let next = self.ws.poll_next_unpin(cx);
             for taken in self.ws.get_mut().taken() {
                 self.heard = now;
-                self.pass_on(taken)?;
+                self.pass_on(taken, now)?;
             }
             let Poll::Ready(next) = next else { return ControlFlow::Continue(()) };
             self.heard = now;
@@ -157,12 +157,12 @@ impl Membership {
     }
 
     /// A Datagram frame that tungstenite did not see.
-    fn pass_on(&mut self, taken: Taken) -> ControlFlow<CloseReason> {
+    fn pass_on(&mut self, taken: Taken, now: Instant) -> ControlFlow<CloseReason> {
         let Ok(PeerFrame::Datagram { to }) = PeerFrame::split(taken.payload()) else {
             return ControlFlow::Break(CloseReason::Malformed);
         };
         let bytes = taken.payload().len();
-        let sent = self.seat.send_datagram(to, taken.readdressed(self.seat.slot()));
+        let sent = self.seat.send_datagram(to, taken.readdressed(self.seat.slot()), now.into_std());
         self.account_datagram(bytes, sent);
         ControlFlow::Continue(())
     }
@@ -174,7 +174,7 @@ impl Membership {
                 self.account_message(to, tag, Forwarded::Message, frame.len(), sent);
             }
             Ok(PeerFrame::Datagram { to }) => {
-                let sent = self.seat.send_datagram(to, readdress(frame, self.seat.slot()));
+                let sent = self.seat.send_datagram(to, readdress(frame, self.seat.slot()), now.into_std());
                 self.account_datagram(frame.len(), sent);
             }
             Ok(PeerFrame::Multicast(multicast)) => self.multicast(&multicast),
