@@ -24,6 +24,7 @@ use std::{
 use crate::stun::StunFault;
 
 pub mod agents;
+mod answer;
 pub mod binding;
 pub mod budget;
 pub mod candidate;

@@ -16,11 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    Handled, Ignored, Transmit,
-    candidate::{canonical, is_usable},
-    transaction::{Transactions, Unasked},
-};
+use super::{Handled, Ignored, Transmit, answer::Answer, candidate::canonical, transaction::Transactions};
 use crate::stun::{Class, Draft, Message};
 
 pub use crate::request::link::{Mapping, Nat, Ports};
@@ -196,9 +192,9 @@ impl Sampling {
     }
 
     fn handle_answer(&mut self, socket: usize, from: SocketAddr, bytes: &[u8], now: Instant) -> Result<(), Ignored> {
-        let (answer, seen) = read_answer(&mut self.transactions, from, bytes, now)?;
+        let Answer { transaction, seen, .. } = Answer::read(&mut self.transactions, from, bytes, now)?;
         let asking = self.sockets.get_mut(socket).ok_or(Ignored::NotOurs)?;
-        self.transactions.end(answer.transaction());
+        self.transactions.end(transaction);
         asking.next = None;
         asking.seen.get_or_insert(seen.port());
         Ok(())
@@ -217,28 +213,6 @@ impl Sampling {
             self.outbox.push_back((number, Transmit { to: self.responder, bytes }));
         }
     }
-}
-
-/// Reads an answer to one of these requests, and how it says that we are seen; the request goes on waiting.
-fn read_answer<'a>(
-    transactions: &mut Transactions,
-    from: SocketAddr,
-    bytes: &'a [u8],
-    now: Instant,
-) -> Result<(Message<'a>, SocketAddr), Ignored> {
-    let answer = Message::parse(bytes).map_err(Ignored::Malformed)?;
-    if !answer.is_binding() || answer.class() != Class::Success {
-        return Err(Ignored::NotOurs);
-    }
-    transactions.find(answer.transaction(), from, now).map_err(|unasked| match unasked {
-        Unasked::Unknown => Ignored::NotOurs,
-        Unasked::WrongSource => Ignored::WrongSource,
-    })?;
-    if answer.unknown_required().is_some() {
-        return Err(Ignored::UnknownAttribute);
-    }
-    let seen = answer.mapped_address().map(canonical).filter(|seen| is_usable(*seen)).ok_or(Ignored::NoAddress)?;
-    Ok((answer, seen))
 }
 
 /// Learns whether a NAT takes back what we send to our own mapped address (RFC 4787 §6): if it does, two hosts behind it reach

@@ -16,13 +16,14 @@ use std::{
 
 use super::{
     Handled, Ignored, Transmit,
+    answer::Answer,
     candidate::{canonical, is_usable},
     mapping::{Mapping, mapping},
-    transaction::{Transactions, Unasked},
+    transaction::Transactions,
 };
 use crate::{
     request::network::ResponderReport,
-    stun::{Class, Draft, Message},
+    stun::{Class, Draft},
 };
 
 /// When a request is sent, after the first: RFC 8489 §6.2.1 with its RTO of 500 ms, but five requests in place of seven.
@@ -215,19 +216,8 @@ impl Reflexive {
     }
 
     fn handle_answer(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> Result<(), Ignored> {
-        let answer = Message::parse(bytes).map_err(Ignored::Malformed)?;
-        if !answer.is_binding() || answer.class() != Class::Success {
-            return Err(Ignored::NotOurs);
-        }
-        let asked_at = self.transactions.find(answer.transaction(), from, now).map_err(|unasked| match unasked {
-            Unasked::Unknown => Ignored::NotOurs,
-            Unasked::WrongSource => Ignored::WrongSource,
-        })?;
-        if answer.unknown_required().is_some() {
-            return Err(Ignored::UnknownAttribute);
-        }
-        let seen = answer.mapped_address().map(canonical).filter(|seen| is_usable(*seen)).ok_or(Ignored::NoAddress)?;
-        self.transactions.end(answer.transaction());
+        let Answer { transaction, asked_at, seen } = Answer::read(&mut self.transactions, from, bytes, now)?;
+        self.transactions.end(transaction);
         if let Some(responder) = self.responders.get_mut(&from) {
             responder.state = State::Known { at: now };
             responder.rtt = Some(now.saturating_duration_since(asked_at));
