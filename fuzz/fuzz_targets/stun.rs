@@ -17,7 +17,7 @@ use peerfleet_proto::{
 fuzz_target!(|data: &[u8]| {
     if let Ok(message) = Message::parse(data) {
         let _ = (message.class(), message.is_binding(), message.transaction(), message.username());
-        let _ = (message.mapped_address(), message.check_number(), message.unknown_required());
+        let _ = (message.mapped_address(), message.check_number(), message.change_request(), message.unknown_required());
         let _ = message.has_fingerprint();
         assert!(!message.is_signed_by(&IntegrityKey::new(b"a key that nobody has")));
     }

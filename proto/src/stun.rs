@@ -39,6 +39,8 @@ pub fn is_stun(first: u8) -> bool {
 /// Types of attributes, as the registry of RFC 8489 §18.3 has them.
 mod attribute {
     pub(super) const MAPPED_ADDRESS: u16 = 0x0001;
+    /// RFC 5780 §7.2.
+    pub(super) const CHANGE_REQUEST: u16 = 0x0003;
     pub(super) const USERNAME: u16 = 0x0006;
     pub(super) const MESSAGE_INTEGRITY: u16 = 0x0008;
     pub(super) const ERROR_CODE: u16 = 0x0009;
@@ -91,6 +93,19 @@ pub enum Class {
     Error,
 }
 
+/// Whence an answer is wanted, other than from where the request went (CHANGE-REQUEST, RFC 5780 §7.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChangeRequest {
+    /// From another address.
+    pub ip: bool,
+    /// From another port.
+    pub port: bool,
+}
+
+/// The bits of CHANGE-REQUEST.
+const CHANGE_IP: u32 = 0b100;
+const CHANGE_PORT: u32 = 0b010;
+
 /// A key of MESSAGE-INTEGRITY-SHA256. Debug never prints it.
 #[derive(Clone)]
 pub struct IntegrityKey(Hmac<Sha256>);
@@ -118,6 +133,7 @@ pub struct Message<'a> {
     username: Option<&'a [u8]>,
     mapped: Option<SocketAddr>,
     check_number: Option<u64>,
+    change_request: Option<ChangeRequest>,
     integrity_at: Option<usize>,
     unknown_required: Option<u16>,
     has_fingerprint: bool,
@@ -167,6 +183,12 @@ impl<'a> Message<'a> {
         self.check_number
     }
 
+    /// Whence the answer is wanted. Who has no other port to answer from does not understand it: it is
+    /// [`Message::unknown_required`] as well.
+    pub fn change_request(&self) -> Option<ChangeRequest> {
+        self.change_request
+    }
+
     /// The first attribute that must be understood and is not: such a request is refused, such an answer discarded
     /// (RFC 8489 §6.3.1, §6.3.3).
     pub fn unknown_required(&self) -> Option<u16> {
@@ -210,6 +232,7 @@ impl<'a> Message<'a> {
             username: None,
             mapped: None,
             check_number: None,
+            change_request: None,
             integrity_at: None,
             unknown_required: None,
             has_fingerprint: false,
@@ -248,6 +271,12 @@ impl<'a> Message<'a> {
             attribute::CHECK_NUMBER => {
                 let number = u64::from_be_bytes(value.try_into().ok()?);
                 self.check_number.get_or_insert(number);
+            }
+            attribute::CHANGE_REQUEST => {
+                let bits = u32::from_be_bytes(value.try_into().ok()?);
+                let wanted = ChangeRequest { ip: bits & CHANGE_IP != 0, port: bits & CHANGE_PORT != 0 };
+                self.change_request.get_or_insert(wanted);
+                self.unknown_required.get_or_insert(kind);
             }
             attribute::MESSAGE_INTEGRITY_SHA256 => {
                 (value.len() == INTEGRITY_BYTES).then_some(())?;
@@ -322,6 +351,13 @@ impl Draft {
     #[must_use]
     pub fn padding(mut self) -> Self {
         self.add(attribute::PADDING, &[0; MAPPED_ADDRESS_BYTES]);
+        self
+    }
+
+    /// Adds CHANGE-REQUEST: the answer is wanted from another port of the same address.
+    #[must_use]
+    pub fn change_port(mut self) -> Self {
+        self.add(attribute::CHANGE_REQUEST, &CHANGE_PORT.to_be_bytes());
         self
     }
 

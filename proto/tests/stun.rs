@@ -5,11 +5,14 @@
 use std::net::SocketAddr;
 
 use data_encoding::HEXLOWER_PERMISSIVE as HEX;
-use peerfleet_proto::stun::{Class, Draft, IntegrityKey, MAX_BYTES, Message, StunFault, TransactionId, is_stun};
+use peerfleet_proto::stun::{
+    ChangeRequest, Class, Draft, IntegrityKey, MAX_BYTES, Message, StunFault, TransactionId, is_stun,
+};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 use stun_rs::{
     DecoderContextBuilder, HMACKey, MessageClass, MessageDecoderBuilder, MessageEncoderBuilder, StunMessageBuilder,
+    attributes::discovery::{self, ChangeRequestFlags},
     attributes::stun::{Fingerprint, MessageIntegritySha256, Software, UserName, XorMappedAddress},
     methods::BINDING,
 };
@@ -148,7 +151,41 @@ fn reads_what_another_implementation_writes() {
     }
 }
 
+#[test]
+fn both_read_alike_whence_an_answer_is_wanted() {
+    let decoder = MessageDecoderBuilder::default().build();
+    let ours = Draft::new(Class::Request, TRANSACTION).change_port().padding().finish();
+    let (theirs, size) = decoder.decode(&ours).unwrap();
+    let flags = theirs.get::<discovery::ChangeRequest>().unwrap().as_change_request().unwrap().flags();
+    assert_eq!((flags, size), (ChangeRequestFlags::ChangePort.into(), ours.len()));
+
+    let (ip, port) = (ChangeRequestFlags::ChangeIp, ChangeRequestFlags::ChangePort);
+    for (flags, wanted) in [
+        (None, ChangeRequest { ip: false, port: false }),
+        (Some(port.into()), ChangeRequest { ip: false, port: true }),
+        (Some(ip.into()), ChangeRequest { ip: true, port: false }),
+        (Some(ip | port), ChangeRequest { ip: true, port: true }),
+    ] {
+        let theirs = StunMessageBuilder::new(BINDING, MessageClass::Request)
+            .with_transaction_id(TRANSACTION.0.into())
+            .with_attribute(discovery::ChangeRequest::new(flags))
+            .build();
+        let mut buffer = [0; MAX_BYTES];
+        let size = MessageEncoderBuilder::default().build().encode(&mut buffer, &theirs).unwrap();
+        let message = Message::parse(&buffer[..size]).unwrap();
+        assert_eq!(message.change_request(), Some(wanted));
+        assert_eq!(message.unknown_required(), Some(0x0003), "who has no other port refuses it");
+    }
+}
+
 // Broken input.
+
+#[test]
+fn a_change_request_of_another_size_is_refused() {
+    let mut bytes = Draft::new(Class::Request, TRANSACTION).change_port().finish_bare();
+    bytes[23] = 3;
+    assert_eq!(Message::parse(&bytes).unwrap_err(), StunFault::Attribute(0x0003));
+}
 
 #[test]
 fn what_we_write_reads_back() {
