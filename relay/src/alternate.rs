@@ -1,7 +1,8 @@
 //! The second STUN port: by asking both, a peer learns whether its NAT shows every destination the same address.
 //!
-//! In: the addresses that STUN is answered on, and the port that was wanted. Out: the sockets of the second port, and which
-//! main port it belongs to. It answers nothing itself: `stun` does, and by the same rules.
+//! In: the addresses that STUN is answered on, and the port that was wanted. Out: the sockets of the second port, which
+//! main port it belongs to, and which two sockets answer for each other. It answers nothing itself: `stun` does, and by the
+//! same rules.
 //! The port behind the main one is taken unless another was chosen; if it is taken by somebody else, the system chooses
 //! one and a warning says so, because a firewall may have to let it in.
 //! Bounds: one socket for each address that is listened on.
@@ -9,12 +10,13 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use tokio::net::UdpSocket;
 use tracing::warn;
 
-use crate::{RelayError, listen_udp};
+use crate::{RelayError, listen_udp, stun::Responder};
 
 /// An address that STUN is answered on.
 #[derive(Debug, Clone, Copy)]
@@ -72,6 +74,20 @@ pub(crate) fn bind(mains: &[Main], chosen: Option<u16>) -> Result<Alternates, Re
         }
     }
     Ok(all)
+}
+
+/// Joins each socket with that of the other port of its address, if there is one; `ports` are second ports by main port.
+pub(crate) fn paired(sockets: Vec<UdpSocket>, ports: &BTreeMap<u16, u16>) -> Vec<Responder> {
+    let at: BTreeMap<SocketAddr, Arc<UdpSocket>> =
+        sockets.into_iter().filter_map(|socket| Some((socket.local_addr().ok()?, Arc::new(socket)))).collect();
+    let others = |port: u16| {
+        let mains = ports.iter().filter(move |(_, second)| **second == port).map(|(main, _)| *main);
+        ports.get(&port).copied().into_iter().chain(mains)
+    };
+    let other = |address: &SocketAddr| {
+        others(address.port()).find_map(|port| at.get(&SocketAddr::new(address.ip(), port)).cloned())
+    };
+    at.iter().map(|(address, socket)| Responder { socket: Arc::clone(socket), other: other(address) }).collect()
 }
 
 /// The port behind the main one, or any if that was any.
@@ -138,6 +154,26 @@ mod tests {
         let all = bind(&[main_of(&first), main_of(&second)], Some(second.local_addr().unwrap().port())).unwrap();
         assert_eq!(all.ports[&first.local_addr().unwrap().port()], second.local_addr().unwrap().port());
         assert!(all.sockets.is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_two_ports_of_an_address_answer_for_each_other_and_for_no_other_address() {
+        let (first, lone) = (anywhere().await, anywhere().await);
+        let all = bind(&[main_of(&first)], None).unwrap();
+        let (main, second) = (first.local_addr().unwrap(), all.sockets[0].local_addr().unwrap());
+        let mut sockets = all.sockets;
+        sockets.extend([first, lone]);
+        let responders = paired(sockets, &all.ports);
+        assert_eq!(responders.len(), 3);
+        for Responder { socket, other } in responders {
+            let other = other.map(|other| other.local_addr().unwrap());
+            let expected = match socket.local_addr().unwrap() {
+                address if address == main => Some(second),
+                address if address == second => Some(main),
+                _lone => None,
+            };
+            assert_eq!(other, expected);
+        }
     }
 
     #[test]

@@ -234,7 +234,7 @@ impl Relay {
     pub async fn run(self) {
         let Self { core, listeners, responders, addresses } = self;
         let mut stun = JoinSet::new();
-        for responder in responders {
+        for responder in alternate::paired(responders, &core.alternates) {
             stun.spawn(stun::respond(responder, core.metrics.clone()));
         }
         info!(addresses = ?addresses, stun = core.config.stun, second_stun_ports = ?core.alternates, "relay listens");

@@ -1,10 +1,13 @@
-//! The STUN responder: tells a peer under which address its UDP packets arrive (RFC 8489).
+//! The STUN responder: tells a peer under which address its UDP packets arrive (RFC 8489), and whether what comes from another
+//! port than it sent to gets in (RFC 5780 §4.4).
 //!
-//! In: UDP packets and where they came from. Out: binding responses, and a reason for each packet that gets none.
-//! Never answers with more bytes than came, so a forged source address gains nothing: requests must be padded.
+//! In: UDP packets and where they came from. Out: binding responses, and a reason for each packet that gets none. An answer goes
+//! to where the request came from and nowhere else; who asks for another port by CHANGE-REQUEST is answered from the second port.
+//! Another address is refused, as is another port where there is none.
+//! Never answers with more bytes than came, nor more often, so a forged source address gains nothing: requests must be padded.
 //! Holds no state but each address' pace; asks for no credentials, and a peer must not believe the answer further than
 //! as a candidate to be checked.
-//! Bounds: [`MOST_PER_SECOND`] answers for each address.
+//! Bounds: [`MOST_PER_SECOND`] answers for each address and port asked.
 
 use std::{
     net::SocketAddr,
@@ -13,8 +16,12 @@ use std::{
 };
 
 use stun_rs::{
-    MessageClass, MessageDecoderBuilder, MessageEncoderBuilder, StunMessage, StunMessageBuilder,
-    attributes::stun::{Fingerprint, XorMappedAddress},
+    ErrorCode as Code, MessageClass, MessageDecoderBuilder, MessageEncoderBuilder, StunAttributeType, StunMessage,
+    StunMessageBuilder,
+    attributes::{
+        discovery::{ChangeRequest, ChangeRequestFlags},
+        stun::{ErrorCode, Fingerprint, UnknownAttributes, XorMappedAddress},
+    },
     methods::BINDING,
 };
 use tokio::net::UdpSocket;
@@ -37,8 +44,26 @@ const ERROR_PAUSE: Duration = Duration::from_millis(10);
 /// Header (20), XOR-MAPPED-ADDRESS of IPv6 (24), FINGERPRINT (8).
 const MAX_RESPONSE_BYTES: usize = 52;
 
+/// "Unknown Attribute" (RFC 8489 §14.8).
+const UNKNOWN_ATTRIBUTE: u16 = 420;
+
+/// A socket that requests come to, and the one of the other port of the same address, if there is one.
+#[derive(Debug)]
+pub(crate) struct Responder {
+    pub(crate) socket: Arc<UdpSocket>,
+    pub(crate) other: Option<Arc<UdpSocket>>,
+}
+
+/// An answer, and whether it is to leave from the other port.
+#[derive(Debug, PartialEq, Eq)]
+struct Answer {
+    bytes: Vec<u8>,
+    from_other: bool,
+}
+
 /// Answers on this socket until dropped.
-pub(crate) async fn respond(socket: UdpSocket, metrics: Arc<Metrics>) {
+pub(crate) async fn respond(responder: Responder, metrics: Arc<Metrics>) {
+    let Responder { socket, other } = responder;
     let mut pace = Pace::new(MOST_PER_SECOND, Instant::now());
     let mut buffer = [0; MAX_REQUEST_BYTES];
     loop {
@@ -48,14 +73,15 @@ pub(crate) async fn respond(socket: UdpSocket, metrics: Arc<Metrics>) {
             continue;
         };
         let answered = if pace.allows(Origin::of(from), Instant::now()) {
-            answer(&buffer[..len], from)
+            answer(&buffer[..len], from, other.is_some())
         } else {
             Err(DropReason::StunTooMany)
         };
         match answered {
-            Ok(response) => {
+            Ok(Answer { bytes, from_other }) => {
+                let sender = other.as_ref().filter(|_| from_other).unwrap_or(&socket);
                 // UDP may lose it as well; the peer asks again.
-                if socket.try_send_to(&response, from).is_ok() {
+                if sender.try_send_to(&bytes, from).is_ok() {
                     metrics.stun_answered();
                 }
             }
@@ -64,24 +90,43 @@ pub(crate) async fn respond(socket: UdpSocket, metrics: Arc<Metrics>) {
     }
 }
 
-fn answer(request: &[u8], from: SocketAddr) -> Result<Vec<u8>, DropReason> {
+fn answer(request: &[u8], from: SocketAddr, has_other: bool) -> Result<Answer, DropReason> {
     let decoder = MessageDecoderBuilder::default().build();
     let (message, len) = decoder.decode(request).map_err(|_| DropReason::StunUnreadable)?;
     if len != request.len() || message.method() != BINDING || message.class() != MessageClass::Request {
         return Err(DropReason::StunUnreadable);
     }
-    let mapped = XorMappedAddress::from(SocketAddr::new(from.ip().to_canonical(), from.port()));
+    let wanted = message.get::<ChangeRequest>().and_then(|change| change.as_change_request().ok());
+    let flags = wanted.map(ChangeRequest::flags).unwrap_or_default();
+    let from_other = flags.contains(ChangeRequestFlags::ChangePort);
+    let is_possible = !flags.contains(ChangeRequestFlags::ChangeIp) && (!from_other || has_other);
     let begun = || {
-        StunMessageBuilder::new(BINDING, MessageClass::SuccessResponse)
-            .with_transaction_id(*message.transaction_id())
-            .with_attribute(mapped.clone())
+        if is_possible { found(&message, from) } else { refused(&message) }
     };
     // The fingerprint helps to tell STUN from QUIC; where it would make the answer longer than the request, it goes.
-    [begun().with_attribute(Fingerprint::default()).build(), begun().build()]
+    let bytes = [begun().with_attribute(Fingerprint::default()).build(), begun().build()]
         .iter()
         .filter_map(encode)
         .find(|response| response.len() <= request.len())
-        .ok_or(DropReason::StunTooShort)
+        .ok_or(DropReason::StunTooShort)?;
+    Ok(Answer { bytes, from_other: from_other && is_possible })
+}
+
+fn found(request: &StunMessage, from: SocketAddr) -> StunMessageBuilder {
+    let mapped = XorMappedAddress::from(SocketAddr::new(from.ip().to_canonical(), from.port()));
+    StunMessageBuilder::new(BINDING, MessageClass::SuccessResponse)
+        .with_transaction_id(*request.transaction_id())
+        .with_attribute(mapped)
+}
+
+/// The answer to who wants another port or address where there is none (RFC 8489 §6.3.1).
+fn refused(request: &StunMessage) -> StunMessageBuilder {
+    let code = Code::new(UNKNOWN_ATTRIBUTE, "").expect("420 is an error code");
+    let unknown = UnknownAttributes::from(&[ChangeRequest::get_type().as_u16()][..]);
+    StunMessageBuilder::new(BINDING, MessageClass::ErrorResponse)
+        .with_transaction_id(*request.transaction_id())
+        .with_attribute(ErrorCode::from(code))
+        .with_attribute(unknown)
 }
 
 fn encode(message: &StunMessage) -> Option<Vec<u8>> {
@@ -93,15 +138,35 @@ fn encode(message: &StunMessage) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use peerfleet_proto::path::{Reflexive, ReflexiveEvent};
+    use peerfleet_proto::{
+        path::{Reflexive, ReflexiveEvent},
+        stun::{Class, Message},
+    };
     use proptest::prelude::*;
     use stun_rs::{DecoderContextBuilder, TransactionId, attributes::stun::Software};
 
     use super::*;
 
+    /// What a request asks for, beside its answer.
+    const NOTHING: &[ChangeRequestFlags] = &[];
+    const PORT: &[ChangeRequestFlags] = &[ChangeRequestFlags::ChangePort];
+    const ADDRESS: &[ChangeRequestFlags] = &[ChangeRequestFlags::ChangeIp];
+    const BOTH: &[ChangeRequestFlags] = &[ChangeRequestFlags::ChangeIp, ChangeRequestFlags::ChangePort];
+
     fn request(padding: usize) -> Vec<u8> {
-        let mut builder =
-            StunMessageBuilder::new(BINDING, MessageClass::Request).with_transaction_id(TransactionId::from([7; 12]));
+        encoded(begun(), padding)
+    }
+
+    fn changing(wanted: &[ChangeRequestFlags], padding: usize) -> Vec<u8> {
+        let flags = wanted.iter().copied().collect();
+        encoded(begun().with_attribute(ChangeRequest::new(Some(flags))), padding)
+    }
+
+    fn begun() -> StunMessageBuilder {
+        StunMessageBuilder::new(BINDING, MessageClass::Request).with_transaction_id(TransactionId::from([7; 12]))
+    }
+
+    fn encoded(mut builder: StunMessageBuilder, padding: usize) -> Vec<u8> {
         if padding > 0 {
             builder = builder.with_attribute(Software::new("x".repeat(padding)).unwrap());
         }
@@ -109,6 +174,13 @@ mod tests {
         let len = MessageEncoderBuilder::default().build().encode(&mut buffer, &builder.build()).unwrap();
         buffer.truncate(len);
         buffer
+    }
+
+    /// What a responder of one port answers.
+    fn answer(request: &[u8], from: SocketAddr) -> Result<Vec<u8>, DropReason> {
+        let Answer { bytes, from_other } = super::answer(request, from, false)?;
+        assert!(!from_other);
+        Ok(bytes)
     }
 
     #[test]
@@ -145,6 +217,32 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_leaves_from_the_other_port_if_that_is_wanted_and_there_is_one() {
+        let from = "192.0.2.7:4000".parse().unwrap();
+        let wanted = |flags, has_other| super::answer(&changing(flags, 28), from, has_other).unwrap();
+        let class = |answer: &Answer| Message::parse(&answer.bytes).unwrap().class();
+        for (flags, has_other, class_of_answer, from_other) in [
+            (NOTHING, true, Class::Success, false),
+            (PORT, true, Class::Success, true),
+            (PORT, false, Class::Error, false),
+            (ADDRESS, true, Class::Error, false),
+            (BOTH, true, Class::Error, false),
+        ] {
+            let answer = wanted(flags, has_other);
+            assert_eq!((class(&answer), answer.from_other), (class_of_answer, from_other), "{flags:?} {has_other}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_what_was_not_understood() {
+        let refusal = answer(&changing(BOTH, 28), "192.0.2.7:4000".parse().unwrap()).unwrap();
+        let (message, _) = MessageDecoderBuilder::default().build().decode(&refusal).unwrap();
+        let code = message.get::<ErrorCode>().unwrap().as_error_code().unwrap();
+        let unknown = message.get::<UnknownAttributes>().unwrap().as_unknown_attributes().unwrap();
+        assert_eq!((code.error_code().error_code(), unknown.attributes()), (420, &[3][..]));
+    }
+
+    #[test]
     fn bare_request_gets_no_answer() {
         let from = "192.0.2.7:4000".parse().unwrap();
         assert_eq!(request(0).len(), 20);
@@ -156,7 +254,14 @@ mod tests {
     fn what_is_no_request_gets_no_answer() {
         let from = "192.0.2.7:4000".parse().unwrap();
         let response = answer(&request(28), from).unwrap();
-        assert_eq!(answer(&response, from), Err(DropReason::StunUnreadable), "two responders must not play ping-pong");
+        let refusal = answer(&changing(PORT, 28), from).unwrap();
+        for answered in [response, refusal] {
+            assert_eq!(
+                answer(&answered, from),
+                Err(DropReason::StunUnreadable),
+                "two responders must not play ping-pong"
+            );
+        }
         let mut trailing = request(28);
         trailing.extend([0; 100]);
         assert_eq!(answer(&trailing, from), Err(DropReason::StunUnreadable));
@@ -169,9 +274,11 @@ mod tests {
             let mut perturbed = request(flip);
             let at = flip % perturbed.len();
             perturbed[at] ^= bytes.first().copied().unwrap_or(0);
-            for packet in [bytes, perturbed, request(flip)] {
-                if let Ok(response) = answer(&packet, from) {
-                    prop_assert!(response.len() <= packet.len());
+            for packet in [bytes, perturbed, request(flip), changing(PORT, flip), changing(BOTH, flip)] {
+                for has_other in [true, false] {
+                    if let Ok(response) = super::answer(&packet, from, has_other) {
+                        prop_assert!(response.bytes.len() <= packet.len());
+                    }
                 }
             }
         }

@@ -188,6 +188,59 @@ async fn stun_answers_on_the_second_port_that_the_welcome_names() {
     relay.until(|stats| stats.dropped(DropReason::StunTooShort) == 1).await;
 }
 
+/// A padded binding request with a CHANGE-REQUEST of these bits.
+fn change_request(bits: u8) -> Vec<u8> {
+    let mut request = binding_request(40);
+    request.splice(20..20, [0, 3, 0, 4, 0, 0, 0, bits]);
+    let len = u16::try_from(request.len() - 20).unwrap();
+    request[2..4].copy_from_slice(&len.to_be_bytes());
+    request
+}
+
+#[tokio::test]
+async fn who_asks_for_the_other_port_is_answered_from_it_and_nobody_else_is() {
+    let relay = TestRelay::start(config());
+    let (_peer, welcome, _) = TestPeer::join(relay.address, &room()).await;
+    let second = SocketAddr::new(relay.address.ip(), welcome.stun_alternate.unwrap());
+    let (asking, bystander) =
+        (UdpSocket::bind("127.0.0.1:0").await.unwrap(), UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let mut response = [0; 200];
+    for (asked, answers) in [(relay.address, second), (second, relay.address)] {
+        let request = change_request(0b010);
+        asking.send_to(&request, asked).await.unwrap();
+        let (len, from) = soon(asking.recv_from(&mut response)).await.unwrap();
+        assert_eq!((from, &response[..2]), (answers, &[1, 1][..]), "a success from the other port");
+        assert!(len <= request.len());
+        // XOR-MAPPED-ADDRESS, as in any answer.
+        let port = u16::from_be_bytes([response[26], response[27]]) ^ 0x2112;
+        assert_eq!(port, asking.local_addr().unwrap().port());
+    }
+    // One answer for each request, and all of them to who asked.
+    relay.until(|stats| stats.stun_answered == 2).await;
+    assert!(asking.try_recv(&mut response).is_err() && bystander.try_recv(&mut response).is_err());
+}
+
+#[tokio::test]
+async fn who_asks_for_another_address_is_refused_from_where_it_asked() {
+    let relay = TestRelay::start(config());
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    for bits in [0b100, 0b110] {
+        let request = change_request(bits);
+        socket.send_to(&request, relay.address).await.unwrap();
+        let mut response = [0; 200];
+        let (len, from) = soon(socket.recv_from(&mut response)).await.unwrap();
+        assert_eq!((from, &response[..2]), (relay.address, &[1, 0x11][..]), "an error");
+        assert!(len <= request.len());
+    }
+}
+
+#[tokio::test]
+async fn requests_for_the_other_port_count_against_the_same_pace() {
+    let relay = TestRelay::start(config());
+    ask_stun(relay.address, &change_request(0b010), 2000).await;
+    relay.until(|stats| stats.dropped(DropReason::StunTooMany) > 0).await;
+}
+
 #[tokio::test]
 async fn no_second_port_is_named_where_stun_is_not_answered() {
     let relay = TestRelay::start(Config { stun: false, ..config() });
