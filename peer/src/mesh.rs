@@ -32,6 +32,7 @@ mod congestion;
 mod dial;
 mod evidence;
 mod extra;
+mod filtering;
 mod heads;
 pub mod health;
 mod interfaces;

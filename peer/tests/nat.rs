@@ -19,6 +19,8 @@ use std::{
 mod cable;
 #[path = "nat/echo.rs"]
 mod echo;
+#[path = "nat/filtering.rs"]
+mod filtering;
 #[path = "nat/lab.rs"]
 mod lab;
 #[path = "nat/life.rs"]

@@ -30,6 +30,7 @@ pub mod budget;
 pub mod candidate;
 pub mod check;
 pub mod direct;
+pub mod filtering;
 pub mod mapping;
 pub mod nat64;
 pub mod pair;
@@ -45,6 +46,7 @@ pub use agents::Agents;
 pub use budget::Budget;
 pub use candidate::{Candidate, CandidateKind, Network, Reach};
 pub use check::{CheckKey, Role};
+pub use filtering::FilterTrial;
 pub use mapping::{Hairpin, Sampling};
 pub use reflexive::{Reflexive, ReflexiveEvent};
 

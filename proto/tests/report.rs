@@ -289,7 +289,7 @@ fn the_longest_report_fits_a_message() {
         nat: Default::default(),
         filtering: Filtering::AddressAndPortDependent,
         hairpin: Some(true),
-        port_mapping: Some(PortMapping::Open { protocol: Some(MappingProtocol::Upnp), addr: far }),
+        port_mapping: Some(PortMapping::Open { protocol: MappingProtocol::Upnp, addr: far, life: Duration::MAX }),
         path: Some(PathReport {
             age: Duration::MAX,
             checks: vec![check; MAX_REPORTED_CHECKS],

@@ -318,13 +318,21 @@ golden! { ways_to_filter: Filtering {
     Filtering::EndpointIndependent => Filtering::EndpointIndependent, "01";
     Filtering::AddressDependent => Filtering::AddressDependent, "02";
     Filtering::AddressAndPortDependent => Filtering::AddressAndPortDependent, "03";
+    Filtering::PortIndependent => Filtering::PortIndependent, "04";
 }}
 
 golden! { port_mappings: PortMapping {
     PortMapping::NoAnswer => PortMapping::NoAnswer, "00";
-    PortMapping::Refused => PortMapping::Refused, "01";
-    PortMapping::Open { .. } => PortMapping::Open { protocol: Some(MappingProtocol::NatPmp), addr: reached() },
-        "02010100c0000201903f";
+    PortMapping::Refused { .. } => PortMapping::Refused { protocol: MappingProtocol::Upnp }, "0102";
+    PortMapping::Open { .. } => PortMapping::Open {
+        protocol: MappingProtocol::NatPmp, addr: reached(), life: Duration::from_secs(3600),
+    }, "020100c0000201903f901c00";
+    PortMapping::Nested { .. } => PortMapping::Nested { protocol: MappingProtocol::Pcp, addr: reached() },
+        "030000c0000201903f";
+    PortMapping::Asking => PortMapping::Asking, "04";
+    PortMapping::NotNeeded => PortMapping::NotNeeded, "05";
+    PortMapping::NoRouter => PortMapping::NoRouter, "06";
+    PortMapping::Off => PortMapping::Off, "07";
 }}
 
 golden! { protocols_of_port_mappings: MappingProtocol {

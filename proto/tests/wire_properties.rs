@@ -551,12 +551,24 @@ fn network_report() -> impl Strategy<Value = NetworkReport> {
         Filtering::EndpointIndependent,
         Filtering::AddressDependent,
         Filtering::AddressAndPortDependent,
+        Filtering::PortIndependent,
     ]);
-    let protocol = one_of(&[MappingProtocol::Pcp, MappingProtocol::NatPmp, MappingProtocol::Upnp]);
+    let protocol = || one_of(&[MappingProtocol::Pcp, MappingProtocol::NatPmp, MappingProtocol::Upnp]);
     let port_mapping = prop_oneof![
-        Just(PortMapping::NoAnswer),
-        Just(PortMapping::Refused),
-        (option::of(protocol), address()).prop_map(|(protocol, addr)| PortMapping::Open { protocol, addr }),
+        one_of(&[
+            PortMapping::NoAnswer,
+            PortMapping::Asking,
+            PortMapping::NotNeeded,
+            PortMapping::NoRouter,
+            PortMapping::Off,
+        ]),
+        protocol().prop_map(|protocol| PortMapping::Refused { protocol }),
+        (protocol(), address()).prop_map(|(protocol, addr)| PortMapping::Nested { protocol, addr }),
+        (protocol(), address(), duration()).prop_map(|(protocol, addr, life)| PortMapping::Open {
+            protocol,
+            addr,
+            life
+        }),
     ];
     let ours = (any::<[bool; 3]>(), candidates(), vec(responder, 0..3), option::of(duration()));
     let nat = (filtering, option::of(any::<bool>()), option::of(port_mapping), option::of(path_report()));

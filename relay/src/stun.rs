@@ -139,7 +139,7 @@ fn encode(message: &StunMessage) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use peerfleet_proto::{
-        path::{Reflexive, ReflexiveEvent},
+        path::{FilterTrial, Reflexive, ReflexiveEvent, filtering::Filtering},
         stun::{Class, Message},
     };
     use proptest::prelude::*;
@@ -240,6 +240,23 @@ mod tests {
         let code = message.get::<ErrorCode>().unwrap().as_error_code().unwrap();
         let unknown = message.get::<UnknownAttributes>().unwrap().as_unknown_attributes().unwrap();
         assert_eq!((code.error_code().error_code(), unknown.attributes()), (420, &[3][..]));
+    }
+
+    #[test]
+    fn a_peer_learns_of_its_filter_and_is_not_deceived_by_a_responder_of_one_port() {
+        let (here, other): (SocketAddr, SocketAddr) =
+            ("192.0.2.1:8080".parse().unwrap(), "192.0.2.1:8081".parse().unwrap());
+        for (has_other, told) in [(true, Filtering::PortIndependent), (false, Filtering::Unknown)] {
+            for from in ["192.0.2.7:4000", "[2001:db8::7]:4000"] {
+                let now = Instant::now();
+                let mut trial = FilterTrial::new(here, other.port(), [7; 32], now);
+                while let Some(request) = trial.poll_transmit() {
+                    let answer = super::answer(&request.bytes, from.parse().unwrap(), has_other).unwrap();
+                    trial.handle_packet(if answer.from_other { other } else { here }, &answer.bytes, now);
+                }
+                assert_eq!(trial.outcome(), Some(told));
+            }
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use peerfleet_proto::{
     request::{
         Outcome, Request,
         link::Route,
-        network::{CheckOutcome, NetworkReport, PathReport, ResponderReport, SearchReport},
+        network::{CheckOutcome, NetworkReport, PathReport, PortMapping, ResponderReport, SearchReport},
     },
 };
 
@@ -254,7 +254,17 @@ fn waits_for(report: &Report, linked: bool, joined: bool) -> Option<String> {
         if let Some(responder) = network.responders.iter().find(|responder| responder_is_open(responder)) {
             return Some(format!("asking {} over UDP how it sees us", responder.addr));
         }
+        if report.measuring {
+            return Some("trying what is let in from outside".to_owned());
+        }
     }
+    linked_waits_for(network, linked).or_else(|| {
+        // Last, because it takes longest where no router answers.
+        (network.port_mapping == Some(PortMapping::Asking)).then(|| "asking the router to open a port".to_owned())
+    })
+}
+
+fn linked_waits_for(network: &NetworkReport, linked: bool) -> Option<String> {
     let path = network.path.as_ref().filter(|_| linked)?;
     let answered = path.checks.iter().filter(|check| check.answered > 0).count();
     let is_settled = match &path.taken {

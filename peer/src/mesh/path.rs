@@ -22,7 +22,7 @@ use peerfleet_proto::{
     },
     request::{
         link::{Candidate, CandidateKind, Nat},
-        network::{NetworkReport, PathReport, PortMapping},
+        network::{NetworkReport, PathReport},
     },
 };
 use quinn::Connection;
@@ -95,7 +95,6 @@ pub(super) struct Paths {
     reflexive: Reflexive,
     hairpin: Hairpin,
     sampled: Sampled,
-    mapped: Option<SocketAddr>,
     named: Vec<SocketAddr>,
     nat64: Option<Prefix>,
     nat: Nat,
@@ -139,7 +138,6 @@ impl Paths {
             reflexive: Reflexive::new(random::bytes(), now),
             hairpin: Hairpin::new(random::bytes(), now),
             sampled: Sampled::default(),
-            mapped: None,
             named: Vec::new(),
             nat64: None,
             nat: Nat::default(),
@@ -175,7 +173,7 @@ impl Paths {
 
     fn candidates(&self) -> Vec<Candidate> {
         let of = |kind| move |addr| Candidate { kind, addr };
-        let mapped = self.mapped.into_iter().map(of(CandidateKind::Mapped));
+        let mapped = self.sampled.mapped().into_iter().map(of(CandidateKind::Mapped));
         let reflexive = self.reflexive.addresses().into_iter().map(of(CandidateKind::ServerReflexive));
         let seen = mapped.chain(reflexive).filter(|seen| self.hosts.iter().all(|host| host.addr != seen.addr));
         let mut all: Vec<_> = seen.chain(self.hosts.iter().copied()).collect();
@@ -192,7 +190,13 @@ impl Paths {
     pub(super) fn measure(&mut self, now: Instant) {
         if self.socket.is_some() {
             self.reflexive.refresh(now);
+            self.try_filter_anew();
         }
+    }
+
+    /// Whether something is being found out that [`Paths::report`] will tell, and that no part of it says of itself.
+    pub(super) fn is_measuring(&self) -> bool {
+        self.sampled.filtering().1
     }
 
     /// What is known of the network around, and of the path to this remote.
@@ -206,9 +210,10 @@ impl Paths {
             responders: self.reflexive.report(),
             nat: self.nat,
             hairpin: self.hairpin.outcome(),
-            port_mapping: self.mapped.map(|addr| PortMapping::Open { protocol: None, addr }),
+            filtering: self.sampled.filtering().0,
+            port_mapping: self.sampled.router,
             path: about.and_then(|remote| self.path_report(remote, now)),
-            ..NetworkReport::default()
+            relay_rtt: None,
         }
     }
 

@@ -1,6 +1,6 @@
 //! A port that the router forwards to us: asked for by PCP (RFC 6887), NAT-PMP (RFC 6886) or UPnP IGD, kept, and given back.
 //!
-//! In: the gateway, our port. Out: the address at which the world reaches it, whenever that changes. Nobody but the gateway of
+//! In: the gateway, our port. Out: what asking brought, whenever that changes: above all the address at which the world reaches us. Nobody but the gateway of
 //! the default route is asked, and no answer from elsewhere is believed; UPnP has to search by multicast for its address.
 //! Never asks for a mapping that outlives us by more than [`LIFETIME`], and offers none whose address is behind yet another
 //! NAT. It runs in a task of its own, so a router that does not answer costs nobody anything.
@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use peerfleet_proto::path::candidate::is_global;
+use peerfleet_proto::{path::candidate::is_global, request::network::PortMapping};
 use tokio::{
     sync::oneshot,
     task::JoinHandle,
@@ -29,7 +29,7 @@ use super::{
 mod gateway;
 mod mapping;
 
-use mapping::Mapping;
+use mapping::{Mapping, Refusal};
 
 /// Life that is asked for. RFC 6886 §3.3 recommends two hours; one is enough for who renews at half of it, and a mapping that
 /// nobody gave back is gone sooner.
@@ -67,10 +67,14 @@ struct Place {
 }
 
 impl Place {
-    /// Where we are; `None` without a router, or without a NAT that we would need it for.
-    async fn find() -> Option<Self> {
-        let client = interfaces::source_v4().filter(|client| !is_global(IpAddr::V4(*client)))?;
-        Some(Self { gateway: gateway::find().await?, client, search: SEARCH, shortest_life: SHORTEST_LIFE })
+    /// Where we are; or why nobody is to be asked: there is no router, or no NAT that we would need it for.
+    async fn find() -> Result<Self, PortMapping> {
+        let client = interfaces::source_v4().ok_or(PortMapping::NoRouter)?;
+        if is_global(IpAddr::V4(client)) {
+            return Err(PortMapping::NotNeeded);
+        }
+        let gateway = gateway::find().await.ok_or(PortMapping::NoRouter)?;
+        Ok(Self { gateway, client, search: SEARCH, shortest_life: SHORTEST_LIFE })
     }
 }
 
@@ -97,7 +101,7 @@ impl Keeper {
     }
 }
 
-async fn keep<F: Future<Output = Option<Place>>>(
+async fn keep<F: Future<Output = Result<Place, PortMapping>>>(
     find: impl Fn() -> F,
     port: NonZeroU16,
     tell: Teller,
@@ -107,18 +111,22 @@ async fn keep<F: Future<Output = Option<Place>>>(
     loop {
         let asked = async {
             let place = find().await?;
-            let mapping = timeout(ATTEMPT, ask(&place, port)).await.ok().flatten()?;
-            Some((mapping, place.shortest_life))
+            let mapping = timeout(ATTEMPT, ask(&place, port)).await.unwrap_or(Err(PortMapping::NoAnswer))?;
+            Ok((mapping, place.shortest_life))
         };
         let mapping = tokio::select! {
             _ = &mut stopped => return,
             mapping = asked => mapping,
         };
-        if let Some((mapping, shortest_life)) = mapping {
-            pause = RETRY_MIN;
-            if hold(mapping, shortest_life, &tell, &mut stopped).await.is_none() {
-                return;
+        let told = match mapping {
+            Ok((mapping, shortest_life)) => {
+                pause = RETRY_MIN;
+                hold(mapping, shortest_life, &tell, &mut stopped).await
             }
+            Err(why) => tell.tell(Fact::Router(why)).await,
+        };
+        if told.is_none() {
+            return;
         }
         tokio::select! {
             _ = &mut stopped => return,
@@ -128,24 +136,30 @@ async fn keep<F: Future<Output = Option<Place>>>(
 }
 
 /// A mapping, by whichever protocol the router speaks, that the world can use.
-async fn ask(place: &Place, port: NonZeroU16) -> Option<Mapping> {
+async fn ask(place: &Place, port: NonZeroU16) -> Result<Mapping, PortMapping> {
     let mapping = match Mapping::by_pcp(place, port).await {
         Ok(mapping) => mapping,
         Err(pcp) => match Mapping::by_upnp(place, port).await {
             Ok(mapping) => mapping,
             Err(upnp) => {
                 tracing::debug!(%pcp, %upnp, gateway = %place.gateway, "the router forwards no port to us");
-                return None;
+                return Err(refusal(&[upnp, pcp]));
             }
         },
     };
-    let external = mapping.external();
+    let (protocol, external) = (mapping.protocol(), mapping.external());
     if is_global(external.ip()) && external.port() != 0 {
-        return Some(mapping);
+        return Ok(mapping);
     }
     tracing::debug!(%external, "the router that forwards a port to us is behind another NAT");
     mapping.release().await;
-    None
+    Err(PortMapping::Nested { protocol, addr: external })
+}
+
+/// What asking brought that failed in every way.
+fn refusal(failures: &[Refusal]) -> PortMapping {
+    let answered = failures.iter().find_map(Refusal::answered_by);
+    answered.map_or(PortMapping::NoAnswer, |protocol| PortMapping::Refused { protocol })
 }
 
 /// Keeps a mapping until it is lost; `None` if it was given back because nobody wants it any more.
@@ -155,9 +169,12 @@ async fn hold(
     tell: &Teller,
     stopped: &mut oneshot::Receiver<()>,
 ) -> Option<()> {
-    tracing::info!(external = %mapping.external(), by = mapping.protocol(), "the router forwards a port to us");
+    let protocol = mapping.protocol();
+    tracing::info!(external = %mapping.external(), ?protocol, "the router forwards a port to us");
     loop {
-        tell.tell(Fact::Mapped(Some(mapping.external()))).await?;
+        let open = PortMapping::Open { protocol, addr: mapping.external(), life: mapping.life() };
+        tell.tell(Fact::Router(open)).await?;
+        let mut lost = PortMapping::NoAnswer;
         let life = mapping.life().max(shortest_life);
         let mut is_renewed = false;
         for wait in [life / 2, life / 4, life / 8] {
@@ -173,13 +190,16 @@ async fn hold(
                     is_renewed = true;
                     break;
                 }
-                Ok(Err(why)) => tracing::debug!(%why, "a port mapping was not renewed"),
+                Ok(Err(why)) => {
+                    tracing::debug!(%why, "a port mapping was not renewed");
+                    lost = refusal(&[why]);
+                }
                 Err(_elapsed) => tracing::debug!("the router did not answer when a port mapping was to be renewed"),
             }
         }
         if !is_renewed {
             tracing::info!("the router forwards no port to us any more");
-            tell.tell(Fact::Mapped(None)).await?;
+            tell.tell(Fact::Router(lost)).await?;
             return Some(());
         }
     }

@@ -3,7 +3,12 @@
 //! In: the responder to ask. Out: [`Ports`], once. Never sends anything else, and keeps no socket.
 //! Bounds: those of the machine.
 
-use std::{io, net::SocketAddr, task::Poll, time::Instant};
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    task::Poll,
+    time::Instant,
+};
 
 use peerfleet_proto::path::{
     Sampling,
@@ -48,8 +53,7 @@ pub(super) async fn sample(responder: SocketAddr) -> io::Result<Ports> {
 }
 
 async fn open(responder: SocketAddr) -> io::Result<Vec<(UdpSocket, u16)>> {
-    let any: SocketAddr =
-        if responder.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };
+    let any = any_address(responder);
     let mut sockets = Vec::with_capacity(SOCKETS);
     for _ in 0..SOCKETS {
         let socket = UdpSocket::bind(any).await?;
@@ -57,6 +61,11 @@ async fn open(responder: SocketAddr) -> io::Result<Vec<(UdpSocket, u16)>> {
         sockets.push((socket, port));
     }
     Ok(sockets)
+}
+
+/// Where a socket that is to send to this address is bound: anywhere, in its family.
+pub(super) fn any_address(to: SocketAddr) -> SocketAddr {
+    if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() }
 }
 
 /// The next packet of any socket: its number, how long it is, and where it came from.

@@ -10,13 +10,17 @@ use std::{
     time::Duration,
 };
 
-use peerfleet_proto::path::{
-    mapping::Ports,
-    nat64::{KNOWN_NAME, Prefix},
+use peerfleet_proto::{
+    path::{
+        filtering::Filtering,
+        mapping::Ports,
+        nat64::{KNOWN_NAME, Prefix},
+    },
+    request::network::PortMapping,
 };
 use tokio::{net::lookup_host, sync::mpsc, task::JoinSet, time::sleep};
 
-use super::{PathConfig, interfaces::watch::Watch, port_mapping::Keeper, sampling::sample};
+use super::{PathConfig, filtering::try_filter, interfaces::watch::Watch, port_mapping::Keeper, sampling::sample};
 
 /// Facts that may wait; tasks wait beyond.
 const FACTS: usize = 16;
@@ -31,8 +35,10 @@ pub(super) enum Fact {
     Interfaces,
     /// How the NAT picks ports.
     Ports(Ports),
-    /// The address at which the router forwards to us, or none any more.
-    Mapped(Option<SocketAddr>),
+    /// Which packets are let in to us.
+    Filtering(Filtering),
+    /// What asking the router for a port brought.
+    Router(PortMapping),
     /// By which prefix the IPv4 internet is reached.
     Nat64(Prefix),
     /// Where the STUN servers are that the user named.
@@ -73,6 +79,7 @@ pub(super) struct Surroundings {
     tell: Teller,
     watching: JoinSet<()>,
     sampling: JoinSet<()>,
+    filtering: JoinSet<()>,
     mapping: Option<Keeper>,
     nat64: JoinSet<()>,
     resolving: JoinSet<()>,
@@ -83,8 +90,16 @@ impl Surroundings {
     pub(super) fn new(config: PathConfig) -> (Self, mpsc::Receiver<Told>) {
         let (tell, facts) = Teller::new();
         let none = JoinSet::new;
-        let tasks =
-            Self { config, tell, watching: none(), sampling: none(), mapping: None, nat64: none(), resolving: none() };
+        let tasks = Self {
+            config,
+            tell,
+            watching: none(),
+            sampling: none(),
+            filtering: none(),
+            mapping: None,
+            nat64: none(),
+            resolving: none(),
+        };
         (tasks, facts)
     }
 
@@ -146,14 +161,16 @@ impl Surroundings {
         });
     }
 
-    /// Asks the router to forward this port to us, if the user lets us. One that was asked before, perhaps another router,
-    /// is told that it is over.
-    pub(super) fn map_port(&mut self, port: u16) {
+    /// Asks the router to forward this port to us, if the user lets us; gives how that stands now. One that was asked before,
+    /// perhaps another router, is told that it is over.
+    pub(super) fn map_port(&mut self, port: u16) -> PortMapping {
         // The task of the one before goes on until it has given its mapping back.
         self.mapping = None;
-        if self.config.port_mapping {
-            self.mapping = NonZeroU16::new(port).map(|port| Keeper::start(port, self.tell.clone()));
+        if !self.config.port_mapping {
+            return PortMapping::Off;
         }
+        self.mapping = NonZeroU16::new(port).map(|port| Keeper::start(port, self.tell.clone()));
+        PortMapping::Asking
     }
 
     /// Gives back what others keep for us; takes at most [`super::port_mapping::RELEASE`].
@@ -203,6 +220,20 @@ impl Surroundings {
                 Ok(ports) => _ = tell.tell(Fact::Ports(ports)).await,
                 Err(error) => tracing::debug!(%error, "no sockets to learn how the NAT picks ports"),
             }
+        });
+    }
+
+    /// Finds out which packets are let in, by a responder that answers on another port too.
+    pub(super) fn try_filter(&mut self, responder: SocketAddr, other_port: u16) {
+        self.filtering = JoinSet::new();
+        let tell = self.tell.clone();
+        self.filtering.spawn(async move {
+            let told = try_filter(responder, other_port).await.unwrap_or_else(|error| {
+                tracing::debug!(%error, "no socket to learn which packets are let in");
+                Filtering::Unknown
+            });
+            // Whoever wanted to know may be gone.
+            _ = tell.tell(Fact::Filtering(told)).await;
         });
     }
 }

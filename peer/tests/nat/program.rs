@@ -147,6 +147,15 @@ impl Peer {
         &self.home
     }
 
+    /// Waits until this host is in the room.
+    pub(super) fn is_in_the_room(&self) {
+        wait_until("the room is joined", || {
+            let listed = self.run(&["ls", "--json"]).stdout;
+            let hosts: Value = serde_json::from_slice(&listed).ok()?;
+            hosts.as_array().is_some_and(|hosts| !hosts.is_empty()).then_some(())
+        });
+    }
+
     /// Waits until this host lists the other.
     pub(super) fn sees(&self, other: &Self) {
         wait_until("the room is joined", || {
@@ -257,7 +266,8 @@ impl Peer {
         self.home.join("log")
     }
 
-    fn run(&self, arguments: &[&str]) -> Output {
+    /// Runs `peer` with these arguments on this host, beside the one that works there.
+    pub(super) fn run(&self, arguments: &[&str]) -> Output {
         let mut command = self.command(arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = self.device.spawn_command_sync(command).expect("peer runs");

@@ -35,7 +35,7 @@ pub struct NetworkReport {
     pub filtering: Filtering,
     /// Whether two hosts behind that NAT reach each other by their outer addresses.
     pub hairpin: Option<bool>,
-    /// Whether the router opened a port for it; `None` if it was not asked.
+    /// Whether the router opened a port for it; `None` before its first link.
     pub port_mapping: Option<PortMapping>,
     /// Its side of the link with who asks, if there is one that may travel directly.
     pub path: Option<PathReport>,
@@ -66,6 +66,9 @@ pub enum Filtering {
     AddressDependent,
     /// Those from addresses and ports that were sent to.
     AddressAndPortDependent,
+    /// Those from any port of an address that was sent to. Whether also those of anybody, a responder that has one address
+    /// cannot tell: it is one of the two above that do not depend on the port.
+    PortIndependent,
 }
 
 /// What asking the router for a port brought.
@@ -74,14 +77,34 @@ pub enum PortMapping {
     /// No router answered by any protocol.
     NoAnswer,
     /// A router answered, and opens no port.
-    Refused,
+    Refused {
+        /// How it answered.
+        protocol: MappingProtocol,
+    },
     /// The router passes on what comes to this address.
     Open {
-        /// How it was asked, if that is known.
-        protocol: Option<MappingProtocol>,
+        /// How it was asked.
+        protocol: MappingProtocol,
         /// The address outside.
         addr: SocketAddr,
+        /// For how long the router does so unless it is asked again, counted from when it was asked last.
+        life: Duration,
     },
+    /// The router would pass on what comes to this address, but that is behind yet another NAT, and so of no use.
+    Nested {
+        /// How it was asked.
+        protocol: MappingProtocol,
+        /// The address that the router believes to be outside.
+        addr: SocketAddr,
+    },
+    /// It is being asked for the first time.
+    Asking,
+    /// It is not asked: the host has a public IPv4 address of its own.
+    NotNeeded,
+    /// There is none: no default route of IPv4 leads to a router.
+    NoRouter,
+    /// It is not asked: the host's owner does not want it.
+    Off,
 }
 
 /// How routers are asked for a port.

@@ -85,13 +85,22 @@ fn responder(responder: &ResponderReport) -> Value {
 }
 
 fn port_mapping(mapping: PortMapping) -> Value {
-    match mapping {
-        PortMapping::NoAnswer => json!({ "state": "no_answer", "protocol": null, "address": null }),
-        PortMapping::Refused => json!({ "state": "refused", "protocol": null, "address": null }),
-        PortMapping::Open { protocol, addr } => {
-            json!({ "state": "open", "protocol": protocol.map(word::protocol), "address": addr })
-        }
-    }
+    let (protocol, address, life) = match mapping {
+        PortMapping::Refused { protocol } => (Some(protocol), None, None),
+        PortMapping::Open { protocol, addr, life } => (Some(protocol), Some(addr), Some(life)),
+        PortMapping::Nested { protocol, addr } => (Some(protocol), Some(addr), None),
+        PortMapping::NoAnswer
+        | PortMapping::Asking
+        | PortMapping::NotNeeded
+        | PortMapping::NoRouter
+        | PortMapping::Off => (None, None, None),
+    };
+    json!({
+        "state": word::port_mapping(mapping),
+        "protocol": protocol.map(word::protocol),
+        "address": address,
+        "life_s": life.map(|life| life.as_secs()),
+    })
 }
 
 fn host(seen: &Examination, visited: &HostSeen) -> Value {

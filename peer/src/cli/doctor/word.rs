@@ -4,7 +4,7 @@ use peerfleet_proto::{
     path::Reach,
     request::{
         link::{CandidateKind, Mapping, Ports},
-        network::{CheckOutcome, Choice, Filtering, MappingProtocol, SearchReport},
+        network::{CheckOutcome, Choice, Filtering, MappingProtocol, PortMapping, SearchReport},
     },
 };
 
@@ -91,6 +91,21 @@ pub(super) fn filtering(filtering: Filtering) -> Option<&'static str> {
         Filtering::EndpointIndependent => Some("endpoint_independent"),
         Filtering::AddressDependent => Some("address_dependent"),
         Filtering::AddressAndPortDependent => Some("address_and_port_dependent"),
+        Filtering::PortIndependent => Some("port_independent"),
+    }
+}
+
+/// What asking a router for a port brought.
+pub(super) fn port_mapping(mapping: PortMapping) -> &'static str {
+    match mapping {
+        PortMapping::NoAnswer => "no_answer",
+        PortMapping::Refused { .. } => "refused",
+        PortMapping::Open { .. } => "open",
+        PortMapping::Nested { .. } => "nested",
+        PortMapping::Asking => "asking",
+        PortMapping::NotNeeded => "not_needed",
+        PortMapping::NoRouter => "no_router",
+        PortMapping::Off => "off",
     }
 }
 

@@ -23,6 +23,9 @@ mod way;
 /// One minute: times in lists become misleading; what breaks for certain (certificates) needs more.
 pub const CLOCK_BOUND_MS: u64 = 60_000;
 
+/// What helps where something was still going on.
+const MORE_TIME: &str = "look again in a moment, or give it longer with --timeout 30s";
+
 /// How a finding weighs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -101,7 +104,7 @@ pub fn findings(seen: &Examination) -> Vec<Finding> {
         Err(why) => found.push(Finding::of("room", why)),
         Ok(in_room) => {
             found.push(room(in_room, joined, seen.health.is_ok()));
-            found.extend(in_room.report.proxy.as_deref().map(proxy));
+            found.push(proxy(in_room.report.proxy.as_deref()));
             found.extend(network(&in_room.report.network, joined));
         }
     }
@@ -182,8 +185,12 @@ fn room(in_room: &InRoom, joined: bool, relay_answers: bool) -> Finding {
         .hint(hint.unwrap_or("links that stand go on; see what is said of the relay"))
 }
 
-fn proxy(proxy: &str) -> Finding {
-    Finding::new("proxy", Level::Good, format!("the relay is reached by way of {proxy}"))
+fn proxy(proxy: Option<&str>) -> Finding {
+    let what = match proxy {
+        Some(proxy) => format!("the relay is reached by way of {proxy}"),
+        None => "none is used on the way to the relay".to_owned(),
+    };
+    Finding::new("proxy", Level::Good, what)
 }
 
 fn network(network: &NetworkReport, joined: bool) -> Vec<Finding> {
@@ -268,17 +275,16 @@ fn nat(network: &NetworkReport) -> Option<Finding> {
         own.any(|candidate| candidate.addr == addr)
     };
     if seen.iter().all(|addr| is_own(*addr)) {
-        return Some(Finding::new(
-            "nat",
-            Level::Good,
-            format!("none towards the relay: {first} is this machine's own address"),
-        ));
+        let let_in = without_nat(network.filtering);
+        let what = format!("none towards the relay: {first} is this machine's own address{let_in}");
+        return Some(Finding::new("nat", Level::Good, what));
     }
-    let (ports, besides) = (ports(network.nat.ports), besides(network));
-    let new = |level, what: String| Finding::new("nat", level, format!("{what}{besides}"));
+    let (ports, let_in, hairpin) = (ports(network.nat.ports), let_in(network.filtering), hairpin(network.hairpin));
+    let new = |level, what: String| Finding::new("nat", level, format!("{what}; {let_in}{hairpin}"));
     Some(match network.nat.mapping {
         Mapping::Unknown => {
             new(Level::Note, format!("there is one (this machine is seen as {first}); of what kind cannot be told"))
+                .hint(second_port(network))
         }
         Mapping::EndpointIndependent => {
             new(Level::Good, format!("there is an easy one: every destination sees {first}{ports}"))
@@ -290,20 +296,57 @@ fn nat(network: &NetworkReport) -> Option<Finding> {
     })
 }
 
-/// What else is known of a NAT.
-fn besides(network: &NetworkReport) -> String {
-    let lets_in = match network.filtering {
-        Filtering::Unknown => "",
-        Filtering::EndpointIndependent => "; it lets in what anybody sends",
-        Filtering::AddressDependent => "; it lets in what comes from addresses that were sent to",
-        Filtering::AddressAndPortDependent => "; it lets in what comes from addresses and ports that were sent to",
+/// What would tell more of a NAT.
+fn second_port(network: &NetworkReport) -> String {
+    let mut answering = network.responders.iter().filter(|responder| responder.seen.is_some());
+    let is_beside = |silent: &&ResponderReport| {
+        silent.seen.is_none() && answering.any(|responder| responder.addr.ip() == silent.addr.ip())
     };
-    let hairpin = match network.hairpin {
+    match network.responders.iter().find(is_beside) {
+        Some(silent) => format!(
+            "let UDP into the relay's machine at {}, its second STUN port: two answers tell what kind of NAT there is",
+            silent.addr
+        ),
+        None => "a relay that answers STUN on a second port tells more: see what its log says of it".to_owned(),
+    }
+}
+
+/// What a NAT lets in.
+fn let_in(filtering: Filtering) -> &'static str {
+    match filtering {
+        Filtering::Unknown => "what it lets in could not be told",
+        Filtering::EndpointIndependent => "it lets in what anybody sends",
+        Filtering::AddressDependent => "it lets in what comes from addresses that were sent to",
+        Filtering::PortIndependent => {
+            "it lets in what comes from any port of an address that was sent to (whether from other addresses too, one \
+             relay cannot tell)"
+        }
+        Filtering::AddressAndPortDependent => "it lets in only what comes from addresses and ports that were sent to",
+    }
+}
+
+/// What is let in where there is no NAT.
+fn without_nat(filtering: Filtering) -> &'static str {
+    match filtering {
+        Filtering::Unknown => "",
+        Filtering::EndpointIndependent => "; no firewall keeps out what others send",
+        Filtering::AddressDependent => "; a firewall lets in what comes from addresses that were sent to",
+        Filtering::PortIndependent => {
+            "; what comes from any port of an address that was sent to gets in (whether from other addresses too, one relay \
+             cannot tell)"
+        }
+        Filtering::AddressAndPortDependent => {
+            "; a firewall lets in only what comes from addresses and ports that were sent to"
+        }
+    }
+}
+
+fn hairpin(hairpin: Option<bool>) -> &'static str {
+    match hairpin {
         None => "",
         Some(true) => "; machines behind it reach each other by their outer addresses",
         Some(false) => "; machines behind it do not reach each other by their outer addresses",
-    };
-    format!("{lets_in}{hairpin}")
+    }
 }
 
 fn ports(ports: Ports) -> String {
@@ -317,19 +360,46 @@ fn ports(ports: Ports) -> String {
 }
 
 fn port_mapping(mapping: PortMapping) -> Finding {
-    let new = |level, what: &str| Finding::new("port_mapping", level, what);
+    let new = |level, what: String| Finding::new("port_mapping", level, what);
     match mapping {
-        PortMapping::NoAnswer => new(Level::Note, "no router answers PCP, NAT-PMP or UPnP"),
-        PortMapping::Refused => new(Level::Note, "the router answers, but opens no port"),
-        PortMapping::Open { protocol, addr } => {
-            let protocol = match protocol {
-                Some(MappingProtocol::Pcp) => " (by PCP)",
-                Some(MappingProtocol::NatPmp) => " (by NAT-PMP)",
-                Some(MappingProtocol::Upnp) => " (by UPnP)",
-                None => "",
-            };
-            new(Level::Good, &format!("the router passes on what comes to {addr}{protocol}"))
+        PortMapping::NoAnswer => new(Level::Note, "none: no router answers PCP, NAT-PMP or UPnP".to_owned()),
+        PortMapping::Refused { protocol } => {
+            new(Level::Note, format!("none: the router answers {}, but opens no port", by(protocol)))
+                .hint("if direct paths fail, allow programs to open ports (PCP, UPnP) in the router's settings")
         }
+        PortMapping::Open { protocol, addr, life } => {
+            let (by, life) = (by(protocol), crate::ui::human_duration(life));
+            let what = format!("the router passes on what comes to {addr} (asked by {by}, for {life} at a time)");
+            new(Level::Good, what)
+        }
+        PortMapping::Nested { protocol, addr } => {
+            let (by, ip) = (by(protocol), addr.ip());
+            let what = format!(
+                "of no use: the router opens a port (asked by {by}), but stands behind another NAT: its own address outside \
+                 is {ip}"
+            );
+            new(Level::Note, what)
+        }
+        PortMapping::Asking => {
+            new(Level::Note, "not known: the router was asked and has not answered yet".to_owned()).hint(MORE_TIME)
+        }
+        PortMapping::NotNeeded => {
+            new(Level::Good, "not needed: this machine has a public IPv4 address of its own".to_owned())
+        }
+        PortMapping::NoRouter => {
+            new(Level::Note, "none: no default route leads to a router that could be asked".to_owned())
+        }
+        PortMapping::Off => {
+            new(Level::Note, "not asked for: `--no-port-mapping` or `port-mapping = false` forbids it".to_owned())
+        }
+    }
+}
+
+fn by(protocol: MappingProtocol) -> &'static str {
+    match protocol {
+        MappingProtocol::Pcp => "PCP",
+        MappingProtocol::NatPmp => "NAT-PMP",
+        MappingProtocol::Upnp => "UPnP",
     }
 }
 

@@ -33,6 +33,7 @@ impl Actor {
             trouble,
             relay: self.relay.clone(),
             proxy: self.line.proxy(),
+            measuring: self.paths.is_measuring(),
             network: NetworkReport { relay_rtt: self.relay_rtt, ..network },
         };
         if reply.send(report).is_err() {

@@ -12,10 +12,14 @@ use std::{
 use peerfleet_proto::{
     path::{
         Reflexive, ReflexiveEvent,
+        filtering::Filtering,
         mapping::{Mapping, Nat, Ports},
         nat64::reachable,
     },
-    request::link::{Candidate, CandidateKind},
+    request::{
+        link::{Candidate, CandidateKind},
+        network::PortMapping,
+    },
 };
 
 use super::{PathEvent, Paths};
@@ -64,6 +68,41 @@ pub(super) enum Watching {
 pub(super) struct Sampled {
     ports: Ports,
     at: Option<Instant>,
+    filtering: Filtering,
+    trial: Trial,
+    /// What asking the router brought, once there is a socket.
+    pub(super) router: Option<PortMapping>,
+}
+
+/// How finding out what is let in stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Trial {
+    /// It begins when a responder of two ports has answered.
+    #[default]
+    Wanted,
+    Running,
+    Done,
+}
+
+impl Sampled {
+    /// Which packets are let in, and whether that is being found out.
+    pub(super) fn filtering(&self) -> (Filtering, bool) {
+        (self.filtering, self.trial == Trial::Running)
+    }
+
+    /// The address at which the router forwards to us.
+    pub(super) fn mapped(&self) -> Option<SocketAddr> {
+        match self.router? {
+            PortMapping::Open { addr, .. } => Some(addr),
+            PortMapping::NoAnswer
+            | PortMapping::Refused { .. }
+            | PortMapping::Nested { .. }
+            | PortMapping::Asking
+            | PortMapping::NotNeeded
+            | PortMapping::NoRouter
+            | PortMapping::Off => None,
+        }
+    }
 }
 
 impl Paths {
@@ -108,11 +147,14 @@ impl Paths {
                     self.agents.tell(mapped, now, |agent| agent.set_remote(reachable, now));
                 }
             }
-            Fact::Mapped(mapped) => {
-                if self.mapped != mapped {
-                    self.mapped = mapped;
-                    self.untold = true;
-                }
+            Fact::Filtering(filtering) => {
+                tracing::debug!(?filtering, "which packets are let in to us");
+                (self.sampled.filtering, self.sampled.trial) = (filtering, Trial::Done);
+            }
+            Fact::Router(router) => {
+                let before = self.sampled.mapped();
+                self.sampled.router = Some(router);
+                self.untold |= self.sampled.mapped() != before;
             }
         }
     }
@@ -125,7 +167,7 @@ impl Paths {
     /// Begins to find out what the system does not know, in the background.
     pub(super) fn explore(&mut self) {
         let Some((port, _)) = self.socket else { return };
-        self.surroundings.map_port(port);
+        self.sampled.router = Some(self.surroundings.map_port(port));
         self.surroundings.resolve();
         if is_ipv6_only(&self.interfaces) {
             self.surroundings.find_nat64();
@@ -233,7 +275,6 @@ impl Paths {
         self.hairpin.forget();
         self.sampled = Sampled::default();
         self.surroundings.begin_anew();
-        self.mapped = None;
         self.nat64 = None;
         self.explore();
         self.untold = true;
@@ -271,6 +312,34 @@ impl Paths {
             self.surroundings.sample(responder);
         }
         self.set_nat(nat);
+        self.try_filter();
+    }
+
+    /// Finds out anew what is let in to us.
+    pub(super) fn try_filter_anew(&mut self) {
+        if self.sampled.trial == Trial::Done {
+            self.sampled.trial = Trial::Wanted;
+            self.try_filter();
+        }
+    }
+
+    /// Finds out what is let in to us, once in each place, as soon as there is somebody to ask: a responder of the relay's
+    /// that answered and has another port.
+    fn try_filter(&mut self) {
+        if self.sampled.trial != Trial::Wanted {
+            return;
+        }
+        let answered = self.reflexive.report().into_iter().filter(|responder| responder.seen.is_some());
+        let of_relay = answered.map(|responder| responder.addr).filter(|addr| self.relay.contains(addr));
+        let both = of_relay.filter_map(|addr| {
+            let other = self.witnesses.iter().find(|other| other.ip() == addr.ip() && **other != addr)?;
+            Some((addr, other.port()))
+        });
+        // IPv4 if there is any: most NATs are there.
+        if let Some((responder, other_port)) = both.min_by_key(|(addr, _)| addr.is_ipv6()) {
+            self.sampled.trial = Trial::Running;
+            self.surroundings.try_filter(responder, other_port);
+        }
     }
 
     fn is_own(&self, seen: SocketAddr) -> bool {

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use peerfleet_proto::{
     id::InstanceId,
     path::{CheckKey, Role, search::Shot},
-    request::link::Route,
+    request::{link::Route, network::MappingProtocol},
     stun::{Class, Draft, Message},
 };
 
@@ -111,13 +111,46 @@ async fn what_was_learnt_elsewhere_is_not_believed_here() {
     let now = Instant::now();
     let (mut paths, _facts) = paths(now);
     let (teller, mut elsewhere) = Teller::new();
-    teller.tell(Fact::Mapped(Some("198.51.100.7:9".parse().unwrap()))).await.unwrap();
+    teller.tell(Fact::Router(mapped("198.51.100.7:9"))).await.unwrap();
     let told = elsewhere.recv().await.unwrap();
     paths.begin_anew(now);
     paths.handle_told(told, now);
-    assert_eq!(paths.mapped, None);
-    paths.handle_fact(Fact::Mapped(Some("198.51.100.8:9".parse().unwrap())), now);
+    assert_eq!(paths.sampled.mapped(), None);
+    paths.handle_fact(Fact::Router(mapped("198.51.100.8:9")), now);
     assert!(paths.candidates().iter().any(|candidate| candidate.kind == CandidateKind::Mapped));
+}
+
+fn mapped(addr: &str) -> PortMapping {
+    let (protocol, life) = (MappingProtocol::Pcp, Duration::from_secs(3600));
+    PortMapping::Open { protocol, addr: addr.parse().unwrap(), life }
+}
+
+#[tokio::test]
+async fn what_is_let_in_is_tried_once_in_each_place_and_again_when_somebody_wants_to_know() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    let seen = |_: u16| format!("198.51.100.7:{PORT}");
+    assert!(!paths.is_measuring(), "nobody answered yet");
+    answer(&mut paths, seen, now);
+    assert!(paths.is_measuring());
+    paths.handle_fact(Fact::Filtering(Filtering::PortIndependent), now);
+    answer(&mut paths, seen, now);
+    assert_eq!((paths.is_measuring(), paths.report(None, now).filtering), (false, Filtering::PortIndependent));
+    paths.measure(now);
+    assert!(paths.is_measuring());
+    paths.begin_anew(now);
+    assert_eq!((paths.is_measuring(), paths.report(None, now).filtering), (false, Filtering::Unknown));
+    answer(&mut paths, seen, now);
+    assert!(paths.is_measuring());
+}
+
+#[tokio::test]
+async fn a_relay_without_a_second_port_is_not_asked_what_is_let_in() {
+    let now = Instant::now();
+    let (mut paths, _facts) = paths(now);
+    paths.set_responders(vec![RELAY.parse().unwrap()], None, now);
+    answer(&mut paths, |_| format!("198.51.100.7:{PORT}"), now);
+    assert!(!paths.is_measuring());
 }
 
 /// A name space of its own for one test, which this test calls itself again in.

@@ -11,12 +11,14 @@ use std::{
 };
 
 use crab_nat::{
-    GatewayAddress, InternetProtocol, PortMapping, PortMappingOptions, PortMappingType, TimeoutConfig, natpmp,
+    GatewayAddress, InternetProtocol, MappingFailure, PortMapping, PortMappingOptions, PortMappingType, TimeoutConfig,
+    natpmp, pcp,
 };
 use igd_next::{
     AddPortError, PortMappingProtocol, SearchOptions,
     aio::{Gateway, tokio::Tokio, tokio::search_gateway},
 };
+use peerfleet_proto::request::network::MappingProtocol;
 
 use super::{LIFETIME, Place};
 
@@ -35,7 +37,7 @@ const DESCRIPTION: &str = "peerfleet";
 pub(super) enum Refusal {
     /// PCP or NAT-PMP failed.
     #[error("{0}")]
-    Pcp(#[from] crab_nat::MappingFailure),
+    Pcp(#[from] MappingFailure),
     /// NAT-PMP does not tell the external address.
     #[error("NAT-PMP({0})")]
     NatPmp(#[from] natpmp::Failure),
@@ -54,6 +56,21 @@ pub(super) enum Refusal {
     /// The UPnP gateway does not tell the external address.
     #[error("{0}")]
     NoAddress(#[from] igd_next::GetExternalIpError),
+}
+
+impl Refusal {
+    /// By which protocol a router answered, if one did.
+    pub(super) fn answered_by(&self) -> Option<MappingProtocol> {
+        match self {
+            Self::Pcp(MappingFailure::Pcp(pcp::Failure::Socket(_) | pcp::Failure::Timeout))
+            | Self::NotFound(_)
+            | Self::Stranger(_) => None,
+            Self::Pcp(MappingFailure::Pcp(_)) => Some(MappingProtocol::Pcp),
+            // It said that it speaks NAT-PMP, or it would not have been asked by it.
+            Self::Pcp(MappingFailure::NatPmp(_)) | Self::NatPmp(_) => Some(MappingProtocol::NatPmp),
+            Self::Upnp(_) | Self::UpnpAny(_) | Self::NoAddress(_) => Some(MappingProtocol::Upnp),
+        }
+    }
 }
 
 /// A mapping that a router made.
@@ -131,13 +148,13 @@ impl Mapping {
     }
 
     /// What the router understood.
-    pub(super) fn protocol(&self) -> &'static str {
+    pub(super) fn protocol(&self) -> MappingProtocol {
         match &self.by {
             By::Pcp(mapping) => match mapping.mapping_type() {
-                PortMappingType::NatPmp => "NAT-PMP",
-                PortMappingType::Pcp { .. } => "PCP",
+                PortMappingType::NatPmp => MappingProtocol::NatPmp,
+                PortMappingType::Pcp { .. } => MappingProtocol::Pcp,
             },
-            By::Upnp { .. } => "UPnP",
+            By::Upnp { .. } => MappingProtocol::Upnp,
         }
     }
 

@@ -4,6 +4,7 @@ use std::sync::{
 };
 use std::time::Instant;
 
+use peerfleet_proto::request::network::MappingProtocol;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -87,15 +88,20 @@ fn pcp_answer(request: &[u8], external: Ipv4Addr, life: u32) -> Vec<u8> {
     answer
 }
 
-async fn mapped(facts: &mut mpsc::Receiver<Told>) -> Option<SocketAddr> {
-    let Fact::Mapped(mapped) = facts.recv().await.unwrap().fact else { panic!("a fact of another kind") };
-    mapped
+async fn told(facts: &mut mpsc::Receiver<Told>) -> PortMapping {
+    let Fact::Router(told) = facts.recv().await.unwrap().fact else { panic!("a fact of another kind") };
+    told
+}
+
+/// What is told of a mapping to this port outside, for so many seconds.
+fn open(protocol: MappingProtocol, port: u16, life: u64) -> PortMapping {
+    PortMapping::Open { protocol, addr: SocketAddr::new(EXTERNAL.into(), port), life: Duration::from_secs(life) }
 }
 
 fn keeper(place: Place) -> (Keeper, mpsc::Receiver<Told>) {
     let (tell, facts) = Teller::new();
     let (stop, stopped) = oneshot::channel();
-    let find = move || std::future::ready(Some(place));
+    let find = move || std::future::ready(Ok(place));
     (Keeper { stop, task: tokio::spawn(keep(find, port(), tell, stopped)) }, facts)
 }
 
@@ -104,7 +110,7 @@ async fn a_router_that_speaks_pcp_forwards_and_is_told_when_it_is_over() {
     let gateway = own_loopback();
     let log = router(gateway, EXTERNAL, 7200, true).await;
     let (keeper, mut facts) = keeper(place(gateway, nowhere()));
-    assert_eq!(mapped(&mut facts).await, Some(SocketAddr::new(EXTERNAL.into(), 50_000)));
+    assert_eq!(told(&mut facts).await, open(MappingProtocol::Pcp, 50_000, 3600));
     keeper.release().await;
     assert_eq!(*log.lock().unwrap(), [("PCP", 3600), ("PCP", 0)]);
 }
@@ -114,9 +120,27 @@ async fn a_router_that_speaks_nat_pmp_alone_forwards_and_is_told_when_it_is_over
     let gateway = own_loopback();
     let log = router(gateway, EXTERNAL, 7200, false).await;
     let (keeper, mut facts) = keeper(place(gateway, nowhere()));
-    assert_eq!(mapped(&mut facts).await, Some(SocketAddr::new(EXTERNAL.into(), 50_000)));
+    assert_eq!(told(&mut facts).await, open(MappingProtocol::NatPmp, 50_000, 3600));
     keeper.release().await;
     assert_eq!(*log.lock().unwrap(), [("NAT-PMP", 3600), ("NAT-PMP", 0)]);
+}
+
+#[tokio::test]
+async fn a_router_that_opens_no_port_is_told_with_what_it_speaks() {
+    let gateway = own_loopback();
+    let socket = UdpSocket::bind((gateway, crab_nat::GATEWAY_PORT)).await.unwrap();
+    tokio::spawn(async move {
+        let mut buffer = [0; 1100];
+        loop {
+            let (len, from) = socket.recv_from(&mut buffer).await.unwrap();
+            let mut answer = pcp_answer(&buffer[..len], EXTERNAL, 0);
+            // NOT_AUTHORIZED (RFC 6887 §7.4).
+            answer[3] = 2;
+            socket.send_to(&answer, from).await.unwrap();
+        }
+    });
+    let refused = PortMapping::Refused { protocol: MappingProtocol::Pcp };
+    assert_eq!(ask(&place(gateway, nowhere()), port()).await.err(), Some(refused));
 }
 
 #[tokio::test]
@@ -125,9 +149,9 @@ async fn a_mapping_is_renewed_at_half_its_life() {
     let log = router(gateway, EXTERNAL, 1, true).await;
     let (keeper, mut facts) = keeper(place(gateway, nowhere()));
     let began = Instant::now();
-    mapped(&mut facts).await;
-    mapped(&mut facts).await;
-    mapped(&mut facts).await;
+    for _ in 0..3 {
+        assert_eq!(told(&mut facts).await, open(MappingProtocol::Pcp, 50_000, 1));
+    }
     assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
     assert_eq!(*log.lock().unwrap(), [("PCP", 3600), ("PCP", 1), ("PCP", 1)]);
     keeper.release().await;
@@ -137,15 +161,16 @@ async fn a_mapping_is_renewed_at_half_its_life() {
 async fn an_address_behind_another_nat_is_not_offered_and_given_back() {
     let gateway = own_loopback();
     let log = router(gateway, Ipv4Addr::new(100, 64, 0, 9), 7200, true).await;
-    assert!(ask(&place(gateway, nowhere()), port()).await.is_none());
+    let addr = SocketAddr::new(Ipv4Addr::new(100, 64, 0, 9).into(), 50_000);
+    let nested = PortMapping::Nested { protocol: MappingProtocol::Pcp, addr };
+    assert_eq!(ask(&place(gateway, nowhere()), port()).await.err(), Some(nested));
     assert_eq!(*log.lock().unwrap(), [("PCP", 3600), ("PCP", 0)]);
 }
 
 #[tokio::test]
-async fn without_a_router_that_answers_nothing_is_told_and_leaving_takes_no_time() {
+async fn without_a_router_that_answers_that_is_told_and_leaving_takes_no_time() {
     let (keeper, mut facts) = keeper(place(own_loopback(), nowhere()));
-    let none = timeout(Duration::from_millis(300), facts.recv()).await;
-    assert!(none.is_err());
+    assert_eq!(told(&mut facts).await, PortMapping::NoAnswer);
     timeout(RELEASE / 2, keeper.release()).await.expect("nothing is there to be given back");
 }
 
@@ -258,7 +283,7 @@ mod upnp {
         let ip = own_loopback();
         let (search, told) = gateway(ip).await;
         let (keeper, mut facts) = keeper(place(ip, search));
-        assert_eq!(mapped(&mut facts).await, Some(SocketAddr::new(EXTERNAL.into(), PORT)));
+        assert_eq!(super::told(&mut facts).await, open(MappingProtocol::Upnp, PORT, 3600));
         keeper.release().await;
         assert_eq!(*told.lock().unwrap(), ["GetExternalIPAddress", "AddPortMapping 3600", "DeletePortMapping"]);
     }
@@ -267,7 +292,7 @@ mod upnp {
     async fn who_is_not_the_gateway_is_not_believed() {
         let stranger = own_loopback();
         let (search, told) = gateway(stranger).await;
-        assert!(ask(&place(own_loopback(), search), port()).await.is_none());
+        assert_eq!(ask(&place(own_loopback(), search), port()).await.err(), Some(PortMapping::NoAnswer));
         assert!(told.lock().unwrap().is_empty());
     }
 }

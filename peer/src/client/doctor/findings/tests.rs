@@ -63,7 +63,14 @@ fn well() -> Examination {
         state_dir: "/state".to_owned(),
     };
     let network = good_network();
-    let report = Report { uplink: UplinkState::Joined, trouble: None, relay: Vec::new(), proxy: None, network };
+    let report = Report {
+        uplink: UplinkState::Joined,
+        trouble: None,
+        relay: Vec::new(),
+        proxy: None,
+        measuring: false,
+        network,
+    };
     let clock = Some(Clock { ahead_ms: -30, within: Duration::from_millis(10) });
     Examination {
         relay: "ws://relay.test".parse().unwrap(),
@@ -136,7 +143,7 @@ fn a_healthy_machine_has_no_hint_and_exits_0() {
     assert_eq!(found.iter().filter(|finding| finding.hint.is_some()).count(), 0);
     assert_eq!(exit_code(&found), 0);
     let names: Vec<&str> = found.iter().map(|finding| finding.name).collect();
-    assert_eq!(names, ["state", "daemon", "relay", "clock", "room", "udp", "ipv4", "ipv6", "nat"]);
+    assert_eq!(names, ["state", "daemon", "relay", "clock", "room", "proxy", "udp", "ipv4", "ipv6", "nat"]);
 }
 
 #[test]
@@ -254,11 +261,56 @@ fn what_is_known_of_filter_hairpin_and_router_is_told() {
     let network = our_network(&mut seen);
     network.filtering = Filtering::AddressAndPortDependent;
     network.hairpin = Some(false);
-    network.port_mapping =
-        Some(PortMapping::Open { protocol: Some(MappingProtocol::Pcp), addr: "203.0.113.9:41000".parse().unwrap() });
     let nat = of("nat", &seen).what;
     assert!(nat.contains("addresses and ports that were sent to") && nat.contains("do not reach each other"), "{nat}");
-    assert!(of("port_mapping", &seen).what.contains("203.0.113.9:41000 (by PCP)"));
+    our_network(&mut seen).filtering = Filtering::PortIndependent;
+    let nat = of("nat", &seen).what;
+    assert!(nat.contains("any port of an address that was sent to") && nat.contains("one relay cannot tell"), "{nat}");
+    let network = our_network(&mut seen);
+    network.filtering = Filtering::AddressAndPortDependent;
+    network.candidates[0].kind = CandidateKind::Host;
+    assert!(
+        of("nat", &seen)
+            .what
+            .ends_with("a firewall lets in only what comes from addresses and ports that were sent to")
+    );
+}
+
+#[test]
+fn what_asking_the_router_brought_is_told_in_each_case() {
+    let addr = "203.0.113.9:41000".parse().unwrap();
+    let (pcp, upnp) = (MappingProtocol::Pcp, MappingProtocol::Upnp);
+    for (mapping, level, said) in [
+        (
+            PortMapping::Open { protocol: pcp, addr, life: Duration::from_secs(3600) },
+            Level::Good,
+            "203.0.113.9:41000 (asked by PCP, for 1 h 00 min at a time)",
+        ),
+        (PortMapping::Refused { protocol: upnp }, Level::Note, "answers UPnP, but opens no port"),
+        (PortMapping::Nested { protocol: pcp, addr }, Level::Note, "behind another NAT"),
+        (PortMapping::NoAnswer, Level::Note, "no router answers PCP, NAT-PMP or UPnP"),
+        (PortMapping::Asking, Level::Note, "has not answered yet"),
+        (PortMapping::NotNeeded, Level::Good, "public IPv4 address"),
+        (PortMapping::NoRouter, Level::Note, "no default route"),
+        (PortMapping::Off, Level::Note, "--no-port-mapping"),
+    ] {
+        let mut seen = well();
+        our_network(&mut seen).port_mapping = Some(mapping);
+        let told = of("port_mapping", &seen);
+        assert!(told.level == level && told.what.contains(said), "{told:?}");
+    }
+    assert!(!findings(&well()).iter().any(|finding| finding.name == "port_mapping"), "nobody was to be asked");
+}
+
+#[test]
+fn a_second_stun_port_that_does_not_answer_is_told_with_its_address() {
+    let mut seen = well();
+    let network = our_network(&mut seen);
+    network.nat = Nat::default();
+    assert!(of("nat", &seen).hint.unwrap().contains("its log"));
+    let silent = ResponderReport { addr: "198.51.100.1:8081".parse().unwrap(), ..responder(None, 5) };
+    our_network(&mut seen).responders.push(silent);
+    assert!(of("nat", &seen).hint.unwrap().contains("at 198.51.100.1:8081, its second STUN port"));
 }
 
 #[test]

@@ -14,7 +14,7 @@ use peerfleet_proto::{
     },
 };
 
-use super::{Finding, Level, millis, udp_gets_out};
+use super::{Finding, Level, MORE_TIME, millis, udp_gets_out};
 use crate::{
     client::doctor::{Examination, HostSeen},
     mesh::UplinkState,
@@ -147,8 +147,6 @@ fn relayed(seen: &Examination, visited: &HostSeen) -> Finding {
 }
 
 /// Time that a person may give the checks when they need more.
-const MORE_TIME: &str = "look again in a moment, or give it longer with --timeout 30s";
-
 const OPEN_PORT: &str = "open a port in either router (UPnP, NAT-PMP or PCP switched on), or give both machines IPv6";
 
 fn obstacle(sides: &Sides<'_>) -> (Level, String, String) {
