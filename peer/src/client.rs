@@ -56,6 +56,17 @@ impl Client {
     /// # Errors
     /// If the identity cannot be loaded or made.
     pub async fn join(config: &Config, token: Token) -> Result<Self> {
+        let mut config = config.clone();
+        // Whoever asks one thing is gone before a router has answered.
+        config.paths.port_mapping = false;
+        Self::join_to_look(&config, token).await
+    }
+
+    /// The same for who looks at the network around: the router is asked as well, and told at the end that it is over.
+    ///
+    /// # Errors
+    /// If the identity cannot be loaded or made.
+    pub async fn join_to_look(config: &Config, token: Token) -> Result<Self> {
         Ok(Self::Own(machine::start(config, token, Role::Caller).await?))
     }
 

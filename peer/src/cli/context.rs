@@ -51,6 +51,15 @@ impl Context {
 
     /// The way to the mesh: through the daemon, or by an instance of our own if a flag names another room, relay or way.
     pub(super) async fn client(&self) -> Result<Client> {
+        self.reach(false).await
+    }
+
+    /// The same for who looks at the network around, which takes longer.
+    pub(super) async fn examiner(&self) -> Result<Client> {
+        self.reach(true).await
+    }
+
+    async fn reach(&self, looks: bool) -> Result<Client> {
         let config = self.config(Layer::default())?;
         self.log("off")?;
         if !self.names_a_room()
@@ -61,7 +70,7 @@ impl Context {
         }
         let token = self.token(&config)?;
         self.ui.detail("joining the room for this command alone");
-        Client::join(&config, token).await
+        if looks { Client::join_to_look(&config, token).await } else { Client::join(&config, token).await }
     }
 
     /// The room's token; warns of one that somebody could guess.

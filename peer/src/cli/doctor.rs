@@ -26,7 +26,11 @@ const TICK: Duration = Duration::from_millis(100);
 /// Show what this machine's network can do, and with a host also how it is reached and why so
 ///
 /// Checks are small packets between the addresses of the two machines. SENT and ANSWERED are those of the machine that
-/// the list is of, HEARD are those that came to it from the address.
+/// the list is of, HEARD are those that came to it from the address. KNOWN AS says how the address is known: as that of an
+/// interface, because the relay sees the host there, because a check came from there, or because the router passes on what
+/// comes there.
+///
+/// Where no peer runs, the router is asked for a port by this command, and told at its end that it is over.
 ///
 /// Exit codes: 0 all is well, 1 something can be mended, 3 the relay or the host cannot be reached.
 #[derive(Debug, Args)]
@@ -56,7 +60,7 @@ impl Doctor {
             deadline: self.timeout.0,
         };
         let progress = Progress::new(context.ui);
-        let seen = examine(context.client().await, order, &|what| progress.tell(what)).await?;
+        let seen = examine(context.examiner().await, order, &|what| progress.tell(what)).await?;
         drop(progress);
         let found = findings(&seen);
         if context.ui.json {
@@ -112,11 +116,13 @@ fn in_words(ui: Ui, seen: &Examination, found: &[Finding]) -> Result<()> {
     {
         checks(ui, &format!("checks of `{}`", ui::printable(visited.host.name())), &path.checks)?;
     }
-    let hints: Vec<&str> = found.iter().filter_map(|finding| finding.hint.as_deref()).collect();
+    let hints: Vec<_> = found.iter().filter_map(|finding| Some((finding.name, finding.hint.as_deref()?))).collect();
     if !hints.is_empty() {
         ui.line("")?;
         ui.line("what you can do")?;
-        hints.iter().try_for_each(|hint| ui.line(&format!("  {}", ui::printable(hint))))?;
+        for (name, hint) in hints {
+            ui.line(&format!("  {}: {}", name.replace('_', " "), ui::printable(hint)))?;
+        }
     }
     Ok(())
 }

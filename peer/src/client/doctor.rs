@@ -255,7 +255,7 @@ fn waits_for(report: &Report, linked: bool, joined: bool) -> Option<String> {
             return Some(format!("asking {} over UDP how it sees us", responder.addr));
         }
         if report.measuring {
-            return Some("trying what is let in from outside".to_owned());
+            return Some("trying what the NAT lets in".to_owned());
         }
     }
     linked_waits_for(network, linked).or_else(|| {

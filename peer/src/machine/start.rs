@@ -18,7 +18,7 @@ use crate::{
     exec::{Jobs, JobsConfig},
     failure::{Failure, Result},
     identity::Identity,
-    mesh::{Mesh, MeshConfig, PathConfig},
+    mesh::{Mesh, MeshConfig},
     store::Store,
     transfer::Transfers,
 };
@@ -118,11 +118,7 @@ async fn connect(
         identity: identity.secret().clone(),
         presence,
         udp: true,
-        paths: PathConfig {
-            // A caller is gone before a router has answered.
-            port_mapping: role == Role::Host && config.paths.port_mapping,
-            ..config.paths.clone()
-        },
+        paths: config.paths.clone(),
     };
     let mesh = Mesh::start(config, Arc::clone(&for_others));
     let filled = cell.set(mesh.clone());

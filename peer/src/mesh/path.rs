@@ -196,7 +196,7 @@ impl Paths {
 
     /// Whether something is being found out that [`Paths::report`] will tell, and that no part of it says of itself.
     pub(super) fn is_measuring(&self) -> bool {
-        self.sampled.filtering().1
+        self.sampled.filtering().1 || self.hairpin.poll_timeout().is_some()
     }
 
     /// What is known of the network around, and of the path to this remote.

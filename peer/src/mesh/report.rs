@@ -25,7 +25,8 @@ pub struct Report {
     pub relay: Vec<SocketAddr>,
     /// Host and port of the proxy by which the relay is reached, if there is one.
     pub proxy: Option<String>,
-    /// Whether it is being found out what the NAT lets in; ask again a moment later.
+    /// Whether it is being found out what the NAT does with what comes from outside and from ourselves; ask again a moment
+    /// later.
     pub measuring: bool,
     /// What it would tell others too; the path is that to the instance that was named.
     pub network: NetworkReport,

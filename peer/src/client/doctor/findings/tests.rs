@@ -5,15 +5,18 @@ use peerfleet_proto::{
     path::Reach,
     presence::{Epoch, Mode, Presence, Service},
     request::{
-        link::Nat,
-        network::{CheckOutcome, CheckReport, Choice, PathReport, SearchReport, TakenPath},
+        link::{Candidate, CandidateKind, Mapping, Nat, Ports},
+        network::{
+            CheckOutcome, CheckReport, Choice, Filtering, MappingProtocol, NetworkReport, PathReport, PortMapping,
+            ResponderReport, SearchReport, TakenPath,
+        },
         transfer::PathNow,
     },
 };
 
 use super::*;
 use crate::{
-    client::doctor::HostSeen,
+    client::doctor::{HostSeen, SILENT_AFTER},
     machine::{Host, Status},
     mesh::{
         Caller, NotJoined, PathView, Report,
@@ -143,7 +146,7 @@ fn a_healthy_machine_has_no_hint_and_exits_0() {
     assert_eq!(found.iter().filter(|finding| finding.hint.is_some()).count(), 0);
     assert_eq!(exit_code(&found), 0);
     let names: Vec<&str> = found.iter().map(|finding| finding.name).collect();
-    assert_eq!(names, ["state", "daemon", "relay", "clock", "room", "proxy", "udp", "ipv4", "ipv6", "nat"]);
+    assert_eq!(names, ["state", "daemon", "relay", "clock", "room", "proxy", "udp", "ipv4", "ipv6", "nat", "filter"]);
 }
 
 #[test]
@@ -261,19 +264,51 @@ fn what_is_known_of_filter_hairpin_and_router_is_told() {
     let network = our_network(&mut seen);
     network.filtering = Filtering::AddressAndPortDependent;
     network.hairpin = Some(false);
-    let nat = of("nat", &seen).what;
-    assert!(nat.contains("addresses and ports that were sent to") && nat.contains("do not reach each other"), "{nat}");
-    our_network(&mut seen).filtering = Filtering::PortIndependent;
-    let nat = of("nat", &seen).what;
-    assert!(nat.contains("any port of an address that was sent to") && nat.contains("one relay cannot tell"), "{nat}");
-    let network = our_network(&mut seen);
-    network.filtering = Filtering::AddressAndPortDependent;
-    network.candidates[0].kind = CandidateKind::Host;
-    assert!(
-        of("nat", &seen)
-            .what
-            .ends_with("a firewall lets in only what comes from addresses and ports that were sent to")
+    assert!(of("nat", &seen).what.ends_with("do not reach each other by their outer addresses"));
+    assert_eq!(of("filter", &seen).what, "the NAT lets in only what comes from addresses and ports that were sent to");
+    our_network(&mut seen).candidates[0].kind = CandidateKind::Host;
+    assert_eq!(
+        of("filter", &seen).what,
+        "a firewall lets in only what comes from addresses and ports that were sent to"
     );
+    our_network(&mut seen).filtering = Filtering::PortIndependent;
+    assert!(
+        of("filter", &seen).what.contains("a relay of one address cannot tell"),
+        "no more is claimed than is known"
+    );
+    our_network(&mut seen).filtering = Filtering::Unknown;
+    assert!(of("filter", &seen).what.starts_with("not known"));
+    our_network(&mut seen).responders.clear();
+    assert!(!findings(&seen).iter().any(|finding| finding.name == "filter"), "nobody answered at all");
+}
+
+#[test]
+fn a_hosts_network_is_told_beside_the_way_there_and_weighs_nothing() {
+    let there = NetworkReport {
+        filtering: Filtering::AddressAndPortDependent,
+        nat: Nat { mapping: Mapping::Dependent, ports: Ports::Random },
+        port_mapping: Some(PortMapping::Refused { protocol: MappingProtocol::Upnp }),
+        ..good_network()
+    };
+    let seen = with_host(Some(PathNow::Relayed), Some(path(silent(), None)), there);
+    for (name, said) in
+        [("host_nat", "a hard one"), ("host_filter", "only what comes from"), ("host_port_mapping", "opens no port")]
+    {
+        let told = of(name, &seen);
+        assert!(told.level <= Level::Note && told.hint.is_none() && told.what.contains(said), "{told:?}");
+    }
+}
+
+#[test]
+fn a_proxy_is_told_and_what_it_hinders_is_told_of_the_relay() {
+    let mut seen = well();
+    assert!(of("proxy", &seen).what.starts_with("none is used"));
+    let report = &mut seen.mesh.as_mut().unwrap().report;
+    report.proxy = Some("proxy.test:3128".to_owned());
+    assert_eq!(of("proxy", &seen).level, Level::Good);
+    seen.mesh.as_mut().unwrap().report.uplink = UplinkState::Joining;
+    let told = of("proxy", &seen);
+    assert!(told.level == Level::Note && told.what.contains("proxy.test:3128"), "{told:?}");
 }
 
 #[test]

@@ -14,7 +14,10 @@ use peerfleet_proto::{
     },
 };
 
-use super::{Finding, Level, MORE_TIME, millis, udp_gets_out};
+use super::{
+    Finding, Level, MORE_TIME, millis,
+    network::{there, udp_gets_out},
+};
 use crate::{
     client::doctor::{Examination, HostSeen},
     mesh::UplinkState,
@@ -34,6 +37,7 @@ pub(super) fn findings(seen: &Examination) -> Vec<Finding> {
     if visited.host.here {
         return found;
     }
+    found.extend(visited.view.iter().flat_map(|network| there(network, visited.host.name())));
     found.push(match (&visited.no_link, visited.host.link.now) {
         (Some(why), _) => no_link(visited, why),
         (None, None) => no_link(visited, "it ended while it was looked at"),
