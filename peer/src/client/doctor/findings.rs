@@ -22,6 +22,9 @@ pub const CLOCK_BOUND_MS: u64 = 60_000;
 /// What helps where something was still going on.
 const MORE_TIME: &str = "look again in a moment, or give it longer with --timeout 30s";
 
+/// Findings whose hints are about direct paths.
+const OF_DIRECT_PATHS: [&str; 2] = ["nat", "port_mapping"];
+
 /// How a finding weighs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -104,7 +107,15 @@ pub fn findings(seen: &Examination) -> Vec<Finding> {
             found.extend(network::here(&in_room.report.network, joined));
         }
     }
-    found.extend(way::findings(seen));
+    let way = way::findings(seen);
+    if way.iter().any(|finding| finding.name == "path" && finding.level == Level::Good) {
+        // What would help to find a direct path is no advice where there is one.
+        found
+            .iter_mut()
+            .filter(|finding| OF_DIRECT_PATHS.contains(&finding.name))
+            .for_each(|finding| finding.hint = None);
+    }
+    found.extend(way);
     found
 }
 

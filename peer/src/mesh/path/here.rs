@@ -149,7 +149,11 @@ impl Paths {
             }
             Fact::Filtering(filtering) => {
                 tracing::debug!(?filtering, "which packets are let in to us");
-                (self.sampled.filtering, self.sampled.trial) = (filtering, Trial::Done);
+                self.sampled.trial = Trial::Done;
+                // What was found out in this place stays true when the relay is gone for a while.
+                if filtering != Filtering::Unknown {
+                    self.sampled.filtering = filtering;
+                }
             }
             Fact::Router(router) => {
                 let before = self.sampled.mapped();

@@ -90,6 +90,7 @@ async fn our_own_request_that_a_nat_sends_back_tells_of_a_hairpin() {
     paths.handle_note(seen_as(&request, "198.51.100.7:4000"), &Routes::default(), now);
     while paths.poll_event(now).is_some() {}
     let to_ourselves = std::iter::from_fn(|| paths.poll_transmit()).find(|sent| sent.to.port() == 4000).unwrap();
+    assert!(paths.is_measuring());
     let back = FromSocket::Stun { via: None, from: to_ourselves.to, packet: to_ourselves.bytes.into() };
     paths.handle_note(back, &Routes::default(), now);
     assert_eq!(paths.hairpin.outcome(), Some(true));
@@ -130,18 +131,20 @@ async fn what_is_let_in_is_tried_once_in_each_place_and_again_when_somebody_want
     let now = Instant::now();
     let (mut paths, _facts) = paths(now);
     let seen = |_: u16| format!("198.51.100.7:{PORT}");
-    assert!(!paths.is_measuring(), "nobody answered yet");
+    assert!(!paths.sampled.filtering().1, "nobody answered yet");
     answer(&mut paths, seen, now);
-    assert!(paths.is_measuring());
+    assert!(paths.sampled.filtering().1 && paths.is_measuring());
     paths.handle_fact(Fact::Filtering(Filtering::PortIndependent), now);
     answer(&mut paths, seen, now);
-    assert_eq!((paths.is_measuring(), paths.report(None, now).filtering), (false, Filtering::PortIndependent));
+    assert_eq!(paths.sampled.filtering(), (Filtering::PortIndependent, false));
     paths.measure(now);
-    assert!(paths.is_measuring());
+    assert!(paths.sampled.filtering().1 && paths.is_measuring());
+    paths.handle_fact(Fact::Filtering(Filtering::Unknown), now);
+    assert_eq!(paths.report(None, now).filtering, Filtering::PortIndependent, "it was known in this place");
     paths.begin_anew(now);
-    assert_eq!((paths.is_measuring(), paths.report(None, now).filtering), (false, Filtering::Unknown));
+    assert_eq!(paths.sampled.filtering(), (Filtering::Unknown, false));
     answer(&mut paths, seen, now);
-    assert!(paths.is_measuring());
+    assert!(paths.sampled.filtering().1 && paths.is_measuring());
 }
 
 #[tokio::test]
@@ -150,7 +153,7 @@ async fn a_relay_without_a_second_port_is_not_asked_what_is_let_in() {
     let (mut paths, _facts) = paths(now);
     paths.set_responders(vec![RELAY.parse().unwrap()], None, now);
     answer(&mut paths, |_| format!("198.51.100.7:{PORT}"), now);
-    assert!(!paths.is_measuring());
+    assert!(!paths.sampled.filtering().1);
 }
 
 /// A name space of its own for one test, which this test calls itself again in.

@@ -153,7 +153,7 @@ fn filter(network: &NetworkReport) -> Option<Finding> {
     let new = |what: String| Finding::new("filter", Level::Good, what);
     Some(match network.filtering {
         Filtering::Unknown => {
-            let what = "not known: the relay answered from no other port than it was asked at";
+            let what = "not known: that takes a relay of this version whose second STUN port can be reached";
             Finding::new("filter", Level::Note, what)
         }
         Filtering::EndpointIndependent => new("none: what anybody sends gets in".to_owned()),

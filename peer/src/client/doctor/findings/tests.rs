@@ -300,6 +300,16 @@ fn a_hosts_network_is_told_beside_the_way_there_and_weighs_nothing() {
 }
 
 #[test]
+fn no_advice_is_given_for_a_direct_path_where_there_is_one() {
+    let hard = Nat { mapping: Mapping::Dependent, ports: Ports::Random };
+    let mut seen = with_host(Some(PathNow::Direct), Some(path(Vec::new(), None)), good_network());
+    our_network(&mut seen).nat = hard;
+    assert_eq!(of("nat", &seen).hint, None);
+    seen.host = None;
+    assert!(of("nat", &seen).hint.is_some());
+}
+
+#[test]
 fn a_proxy_is_told_and_what_it_hinders_is_told_of_the_relay() {
     let mut seen = well();
     assert!(of("proxy", &seen).what.starts_with("none is used"));
