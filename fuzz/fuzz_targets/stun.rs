@@ -1,4 +1,4 @@
-//! The STUN codec and both machines that read STUN from strangers: nothing unsigned moves anything or is answered.
+//! The STUN codec and the machines that read STUN from strangers: nothing unsigned moves anything or is answered.
 #![no_main]
 
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use peerfleet_fuzz::START;
 use peerfleet_proto::{
     path::{
-        Agent, Config,
+        Agent, Config, FilterTrial,
         check::{CheckKey, Role},
         reflexive::Reflexive,
     },
@@ -30,4 +30,7 @@ fuzz_target!(|data: &[u8]| {
     reflexive.set_responders(&[SocketAddr::from(([192, 0, 2, 2], 8080))], *START);
     reflexive.handle_packet(stranger, data, *START);
     assert!(reflexive.addresses().is_empty());
+    let mut trial = FilterTrial::new(SocketAddr::from(([192, 0, 2, 2], 8080)), 8081, [5; 32], *START);
+    trial.handle_packet(stranger, data, *START);
+    assert!(trial.outcome().is_none());
 });
