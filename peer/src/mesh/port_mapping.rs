@@ -11,6 +11,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     num::NonZeroU16,
+    pin::pin,
     time::Duration,
 };
 
@@ -40,6 +41,10 @@ const SHORTEST_LIFE: Duration = Duration::from_secs(60);
 
 /// Time for one try by all protocols: 1.75 s for PCP and NAT-PMP each, 3 s for the search of UPnP, the rest for its requests.
 const ATTEMPT: Duration = Duration::from_secs(20);
+
+/// Time that PCP has for itself before UPnP gateways are searched for beside it. A router that speaks it answers within
+/// milliseconds; where none does, the two take 3.3 s together in place of 4.8 s.
+const HEAD_START: Duration = Duration::from_millis(250);
 
 /// Time to give a mapping back. A router answers within milliseconds.
 pub(super) const RELEASE: Duration = Duration::from_secs(1);
@@ -137,16 +142,10 @@ async fn keep<F: Future<Output = Result<Place, PortMapping>>>(
 
 /// A mapping, by whichever protocol the router speaks, that the world can use.
 async fn ask(place: &Place, port: NonZeroU16) -> Result<Mapping, PortMapping> {
-    let mapping = match Mapping::by_pcp(place, port).await {
-        Ok(mapping) => mapping,
-        Err(pcp) => match Mapping::by_upnp(place, port).await {
-            Ok(mapping) => mapping,
-            Err(upnp) => {
-                tracing::debug!(%pcp, %upnp, gateway = %place.gateway, "the router forwards no port to us");
-                return Err(refusal(&[upnp, pcp]));
-            }
-        },
-    };
+    let mapping = by_any(place, port).await.map_err(|[pcp, upnp]| {
+        tracing::debug!(%pcp, %upnp, gateway = %place.gateway, "the router forwards no port to us");
+        refusal(&[upnp, pcp])
+    })?;
     let (protocol, external) = (mapping.protocol(), mapping.external());
     if is_global(external.ip()) && external.port() != 0 {
         return Ok(mapping);
@@ -154,6 +153,32 @@ async fn ask(place: &Place, port: NonZeroU16) -> Result<Mapping, PortMapping> {
     tracing::debug!(%external, "the router that forwards a port to us is behind another NAT");
     mapping.release().await;
     Err(PortMapping::Nested { protocol, addr: external })
+}
+
+/// A mapping by PCP or NAT-PMP, else by UPnP, whose gateways are searched for meanwhile; why there is none by either.
+async fn by_any(place: &Place, port: NonZeroU16) -> Result<Mapping, [Refusal; 2]> {
+    let searching = async {
+        sleep(HEAD_START).await;
+        mapping::search(place).await
+    };
+    let (mut by_pcp, mut searching) = (pin!(Mapping::by_pcp(place, port)), pin!(searching));
+    let mut found = None;
+    let pcp = loop {
+        tokio::select! {
+            biased;
+            mapping = &mut by_pcp => match mapping {
+                Ok(mapping) => return Ok(mapping),
+                Err(pcp) => break pcp,
+            },
+            gateway = &mut searching, if found.is_none() => found = Some(gateway),
+        }
+    };
+    let gateway = match found {
+        Some(gateway) => gateway,
+        None => searching.await,
+    };
+    let by_upnp = async { Mapping::by_upnp(gateway?, place, port).await };
+    by_upnp.await.map_err(|upnp| [pcp, upnp])
 }
 
 /// What asking brought that failed in every way.

@@ -109,18 +109,8 @@ impl Mapping {
         }
     }
 
-    /// By UPnP.
-    pub(super) async fn by_upnp(place: &Place, port: NonZeroU16) -> Result<Self, Refusal> {
-        let mut options = SearchOptions::default();
-        options.bind_addr = SocketAddr::new(place.client.into(), 0);
-        options.broadcast_address = place.search;
-        options.timeout = Some(SEARCH_TIME);
-        options.single_search_timeout = Some(SEARCH_TIME);
-        options.allowed_gateway_ips = vec![place.gateway.into()];
-        let gateway = search_gateway(options).await?;
-        if gateway.addr.ip() != IpAddr::V4(place.gateway) {
-            return Err(Refusal::Stranger(gateway.addr.ip()));
-        }
+    /// By UPnP, from the gateway that [`search`] found.
+    pub(super) async fn by_upnp(gateway: Gateway<Tokio>, place: &Place, port: NonZeroU16) -> Result<Self, Refusal> {
         let ip = gateway.get_external_ip().await?;
         let local = SocketAddr::new(place.client.into(), port.get());
         let external_port = match add(&gateway, port.get(), local).await {
@@ -186,6 +176,18 @@ impl Mapping {
             tracing::debug!(%why, "the router did not take a port mapping back; it ends by itself");
         }
     }
+}
+
+/// Searches for the gateway by UPnP.
+pub(super) async fn search(place: &Place) -> Result<Gateway<Tokio>, Refusal> {
+    let mut options = SearchOptions::default();
+    options.bind_addr = SocketAddr::new(place.client.into(), 0);
+    options.broadcast_address = place.search;
+    options.timeout = Some(SEARCH_TIME);
+    options.single_search_timeout = Some(SEARCH_TIME);
+    options.allowed_gateway_ips = vec![place.gateway.into()];
+    let gateway = search_gateway(options).await?;
+    if gateway.addr.ip() == IpAddr::V4(place.gateway) { Ok(gateway) } else { Err(Refusal::Stranger(gateway.addr.ip())) }
 }
 
 async fn external_of(mapping: &PortMapping) -> Result<SocketAddr, Refusal> {

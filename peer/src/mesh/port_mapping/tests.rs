@@ -288,6 +288,41 @@ mod upnp {
         assert_eq!(*told.lock().unwrap(), ["GetExternalIPAddress", "AddPortMapping 3600", "DeletePortMapping"]);
     }
 
+    /// Hears everything, says nothing; notes what it heard.
+    fn mute(socket: UdpSocket, what: &'static str, log: &Arc<Mutex<Vec<&'static str>>>) {
+        let log = Arc::clone(log);
+        tokio::spawn(async move {
+            let mut buffer = [0; 1500];
+            while socket.recv_from(&mut buffer).await.is_ok() {
+                log.lock().unwrap().push(what);
+            }
+        });
+    }
+
+    #[tokio::test]
+    async fn a_router_that_says_nothing_to_pcp_is_searched_for_meanwhile() {
+        let ip = own_loopback();
+        let search = UdpSocket::bind((ip, 0)).await.unwrap();
+        let reached = search.local_addr().unwrap();
+        let log = Arc::default();
+        mute(search, "search", &log);
+        mute(UdpSocket::bind((ip, crab_nat::GATEWAY_PORT)).await.unwrap(), "PCP", &log);
+        assert_eq!(ask(&place(ip, reached), port()).await.err(), Some(PortMapping::NoAnswer));
+        let heard = log.lock().unwrap().clone();
+        assert_eq!((heard.first(), heard.last()), (Some(&"PCP"), Some(&"PCP")), "{heard:?}");
+        assert!(heard.contains(&"search"), "{heard:?}");
+    }
+
+    #[tokio::test]
+    async fn a_router_that_speaks_pcp_is_not_searched_for_by_upnp() {
+        let ip = own_loopback();
+        let _log = router(ip, EXTERNAL, 7200, true).await;
+        let (search, told) = gateway(ip).await;
+        let mapping = ask(&place(ip, search), port()).await.ok().unwrap();
+        assert_eq!((mapping.protocol(), told.lock().unwrap().len()), (MappingProtocol::Pcp, 0));
+        mapping.release().await;
+    }
+
     #[tokio::test]
     async fn who_is_not_the_gateway_is_not_believed() {
         let stranger = own_loopback();
