@@ -23,10 +23,12 @@
 //! | which hosts | [`target`] |
 //! | hole punching | [`path`], [`stun`] |
 //! | files on their way | [`transfer`] |
+//! | how much may be in flight | [`congestion`] |
 
 #![forbid(unsafe_code)]
 
 pub mod admission;
+pub mod congestion;
 pub mod exchange;
 pub mod fault;
 pub mod id;
