@@ -28,7 +28,7 @@ mod actor;
 mod agreement;
 mod asks;
 mod carrier;
-mod congestion;
+pub mod congestion;
 mod dial;
 mod evidence;
 mod extra;

@@ -1,7 +1,7 @@
 //! Congestion control of a link that changes its path: what was learnt of one path says nothing of the next.
 //!
-//! In: what QUIC sends and hears acknowledged, and the count of path changes. Out: the window. Beneath is CUBIC, made
-//! anew with each path.
+//! In: what QUIC sends and hears acknowledged, and the count of path changes. Out: the window. Beneath is the core's model of
+//! a path ([`RateModel`]), made anew with each path.
 //! Never takes a loss on the path before for congestion of the path now, and never waits for the old path's packets to
 //! be given up before it uses the new one: what was in flight there is allowed on top of the new window.
 //! Old path -> new path with an allowance -> new path alone (the old packets were acknowledged or lost).
@@ -15,7 +15,8 @@ use std::{
     time::Instant,
 };
 
-use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
+use peerfleet_proto::congestion::RateModel;
+use quinn::congestion::{Controller, ControllerFactory};
 use quinn_proto::RttEstimator;
 
 /// Round trips after which nothing of the old path can be in flight any more.
@@ -23,22 +24,21 @@ const ALLOWANCE_ROUND_TRIPS: u32 = 4;
 
 /// Makes the controllers of one link.
 #[derive(Debug)]
-pub(super) struct PathAwareFactory {
+pub struct PathAwareFactory {
     path_changes: Arc<AtomicU64>,
     delivered: Arc<AtomicU64>,
-    cubic: Arc<CubicConfig>,
 }
 
 impl PathAwareFactory {
     /// For the link whose changes of path are counted there. What is acknowledged of the path of now is counted in `delivered`.
-    pub(super) fn new(path_changes: Arc<AtomicU64>, delivered: Arc<AtomicU64>) -> Self {
-        Self { path_changes, delivered, cubic: Arc::default() }
+    pub fn new(path_changes: Arc<AtomicU64>, delivered: Arc<AtomicU64>) -> Self {
+        Self { path_changes, delivered }
     }
 }
 
 impl ControllerFactory for PathAwareFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        let inner = Arc::clone(&self.cubic).build(now, current_mtu);
+        let inner = RateModel::new(current_mtu);
         Box::new(PathAware {
             seen: self.path_changes.load(Ordering::Relaxed),
             most: inner.window(),
@@ -55,9 +55,10 @@ impl ControllerFactory for PathAwareFactory {
 /// as long as the one before, pass until a dead path is left.
 const PROBES: u64 = 16;
 
+#[derive(Clone)]
 struct PathAware {
     factory: Arc<PathAwareFactory>,
-    inner: Box<dyn Controller>,
+    inner: RateModel,
     mtu: u16,
     /// The count of changes that `inner` was made at.
     seen: u64,
@@ -77,17 +78,10 @@ impl PathAware {
             return;
         }
         self.allowance = self.left_behind();
-        self.inner = Arc::clone(&self.factory.cubic).build(now, self.mtu);
-        // CUBIC begins with the same window whatever the packets' size, and one that holds no packet is never left.
-        self.inner.on_mtu_update(self.mtu);
+        self.inner = RateModel::new(self.mtu);
         self.most = self.allowance.saturating_add(self.inner.window());
         self.seen = changes;
         self.since = now;
-    }
-
-    /// What a new path begins with: at least two packets (RFC 9002 §7.2).
-    fn first_window(&self) -> u64 {
-        self.inner.initial_window().max(2 * u64::from(self.mtu))
     }
 
     /// Bytes that may be in flight on a path that is left now.
@@ -97,12 +91,12 @@ impl PathAware {
 }
 
 impl Controller for PathAware {
-    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+    fn on_sent(&mut self, now: Instant, _bytes: u64, _last_packet_number: u64) {
         self.follow_path(now);
-        self.inner.on_sent(now, bytes, last_packet_number);
+        self.inner.handle_sent(now);
     }
 
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, _app_limited: bool, rtt: &RttEstimator) {
         self.follow_path(now);
         if sent < self.since {
             self.allowance = self.allowance.saturating_sub(bytes);
@@ -112,11 +106,11 @@ impl Controller for PathAware {
         if now.saturating_duration_since(self.since) > rtt.get() * ALLOWANCE_ROUND_TRIPS {
             self.allowance = 0;
         }
-        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+        self.inner.handle_ack(sent, bytes);
     }
 
-    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, largest_packet_num_acked: Option<u64>) {
-        self.inner.on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _largest_acked: Option<u64>) {
+        self.inner.handle_end_of_acks(now, in_flight.saturating_sub(self.allowance), app_limited);
         self.most = self.window().max(in_flight);
     }
 
@@ -126,23 +120,27 @@ impl Controller for PathAware {
             self.allowance = self.allowance.saturating_sub(lost_bytes);
             return;
         }
-        self.inner.on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+        // QUIC tells of marks as of losses of nothing.
+        match lost_bytes {
+            0 => self.inner.handle_mark(),
+            lost => self.inner.handle_loss(lost, is_persistent_congestion),
+        }
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {
         self.mtu = new_mtu;
-        self.inner.on_mtu_update(new_mtu);
+        self.inner.set_mtu(new_mtu);
     }
 
     fn window(&self) -> u64 {
         if self.factory.path_changes.load(Ordering::Relaxed) == self.seen {
             return self.inner.window().saturating_add(self.allowance);
         }
-        self.left_behind().saturating_add(self.first_window())
+        self.left_behind().saturating_add(self.inner.initial_window())
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self { factory: Arc::clone(&self.factory), inner: self.inner.clone_box(), ..*self })
+        Box::new(self.clone())
     }
 
     fn initial_window(&self) -> u64 {
