@@ -5,6 +5,7 @@
 
 #![expect(clippy::print_stdout, reason = "figures are what a bench is for")]
 
+pub mod cable;
 pub mod crowd;
 pub mod floor;
 pub mod room;

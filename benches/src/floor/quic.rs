@@ -7,7 +7,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use quinn::{ClientConfig, Endpoint, ServerConfig, TransportConfig, VarInt};
+use quinn::{
+    ClientConfig, Connection, Endpoint, ServerConfig, TransportConfig, VarInt,
+    congestion::{ControllerFactory, CubicConfig},
+};
 use rustls::{
     RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer},
@@ -27,7 +30,7 @@ pub async fn serve(certificate: Vec<u8>, key: Vec<u8>) -> Result<()> {
     let certificate = vec![CertificateDer::from(certificate)];
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key));
     let mut config = ServerConfig::with_single_cert(certificate, key)?;
-    config.transport_config(transport());
+    config.transport_config(transport(Arc::<CubicConfig>::default()));
     let endpoint = Endpoint::server(config, "127.0.0.1:0".parse()?)?;
     announce(endpoint.local_addr()?);
     while let Some(incoming) = endpoint.accept().await {
@@ -51,14 +54,9 @@ pub async fn serve(certificate: Vec<u8>, key: Vec<u8>) -> Result<()> {
 /// # Errors
 /// Those of the connection.
 pub async fn send(server: SocketAddr, certificate: Vec<u8>, total: u64) -> Result<Duration> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(certificate))?;
-    let mut config = ClientConfig::with_root_certificates(Arc::new(roots))?;
-    config.transport_config(transport());
-    let mut endpoint = Endpoint::client("127.0.0.1:0".parse()?)?;
-    endpoint.set_default_client_config(config);
+    let (endpoint, server_name) = (client(certificate, Arc::<CubicConfig>::default())?, "localhost");
     let start = std::time::Instant::now();
-    let connection = endpoint.connect(server, "localhost")?.await?;
+    let connection = endpoint.connect(server, server_name)?.await?;
     let mut streams = tokio::task::JoinSet::new();
     for _ in 0..STREAMS {
         let connection = connection.clone();
@@ -70,7 +68,57 @@ pub async fn send(server: SocketAddr, certificate: Vec<u8>, total: u64) -> Resul
     Ok(start.elapsed())
 }
 
-async fn send_stream(connection: &quinn::Connection, total: u64) -> Result<()> {
+/// What arrived of all that was sent for a while, and what did not.
+#[derive(Debug, Clone, Copy)]
+pub struct Poured {
+    /// Megabits a second that arrived.
+    pub megabits: f64,
+    /// Hundredths of the packets that were lost.
+    pub lost_percent: f64,
+}
+
+/// Sends for so long as fast as this congestion control allows.
+///
+/// # Errors
+/// Those of the connection.
+pub async fn pour(
+    server: SocketAddr,
+    certificate: Vec<u8>,
+    time: Duration,
+    congestion: Arc<dyn ControllerFactory + Send + Sync>,
+) -> Result<Poured> {
+    let endpoint = client(certificate, congestion)?;
+    let connection = endpoint.connect(server, "localhost")?.await?;
+    let mut streams = tokio::task::JoinSet::new();
+    for _ in 0..STREAMS {
+        let connection = connection.clone();
+        streams.spawn(async move { send_stream(&connection, u64::MAX).await });
+    }
+    tokio::time::sleep(time).await;
+    if let Some(ended) = streams.try_join_next() {
+        ended??;
+    }
+    let stats = connection.stats();
+    connection.close(VarInt::from_u32(0), b"");
+    endpoint.wait_idle().await;
+    let arrived = stats.udp_tx.bytes.saturating_sub(stats.path.lost_bytes);
+    Ok(Poured {
+        megabits: arrived as f64 * 8e-6 / time.as_secs_f64(),
+        lost_percent: stats.path.lost_packets as f64 * 100.0 / stats.path.sent_packets.max(1) as f64,
+    })
+}
+
+fn client(certificate: Vec<u8>, congestion: Arc<dyn ControllerFactory + Send + Sync>) -> Result<Endpoint> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from(certificate))?;
+    let mut config = ClientConfig::with_root_certificates(Arc::new(roots))?;
+    config.transport_config(transport(congestion));
+    let mut endpoint = Endpoint::client("127.0.0.1:0".parse()?)?;
+    endpoint.set_default_client_config(config);
+    Ok(endpoint)
+}
+
+async fn send_stream(connection: &Connection, total: u64) -> Result<()> {
     let chunk = Bytes::from(vec![0x5A; CHUNK_BYTES]);
     let (mut send, mut recv) = connection.open_bi().await?;
     let mut left = total;
@@ -87,11 +135,12 @@ async fn send_stream(connection: &quinn::Connection, total: u64) -> Result<()> {
     Ok(())
 }
 
-fn transport() -> Arc<TransportConfig> {
+fn transport(congestion: Arc<dyn ControllerFactory + Send + Sync>) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     config.stream_receive_window(VarInt::from_u32(2_500_000));
     config.receive_window(VarInt::from_u32(32 * 1024 * 1024));
     config.send_window(32 * 1024 * 1024);
+    config.congestion_controller_factory(congestion);
     Arc::new(config)
 }
 
