@@ -10,6 +10,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use serde_json::Value;
+
 use super::{
     KIB, MIB, Pair, arrived,
     cable::Condition,
@@ -28,6 +30,14 @@ pub(super) const FAR: Condition = Condition { delay: Duration::from_millis(10), 
 
 /// How long a bad time lasts, in lines typed: three seconds.
 const BAD_TIME: usize = 60;
+
+/// How long the file goes through the worst time, and how much of it at most.
+const WORST_TIME: Duration = Duration::from_secs(20);
+const WORST_BYTES: u64 = 192 * MIB as u64;
+
+/// The least that the file's rate may be then, in megabits a second: a third of what a busy machine with two processors does, and
+/// a hundred times what is left where every lost packet is taken for congestion.
+const WORST_RATE: f64 = 10.0;
 
 /// No pause may be longer, on whatever machine. What each should be is much less, see `measure.rs`.
 const LENIENT: Duration = Duration::from_secs(10);
@@ -71,6 +81,16 @@ impl Busy {
         let here =
             self.sending.until(what, |event| event["path"] == path && event["bytes"].as_u64() >= Some(bytes as u64));
         here["bytes"].as_u64().expect("a number")
+    }
+
+    /// The file's rate for so long, or until so much of it has come, in megabits a second, whichever way it goes.
+    fn rate(&self, time: Duration, most: u64) -> f64 {
+        let come = |event: &Value| event["bytes"].as_u64().expect("a number");
+        let before = come(&self.sending.until("there is news of it", |_| true));
+        let begin = Instant::now();
+        let is_enough = |event: &Value| begin.elapsed() > time || come(event) >= before + most;
+        let after = come(&self.sending.until("it goes on", is_enough));
+        (after - before) as f64 * 8e-6 / begin.elapsed().as_secs_f64()
     }
 
     /// Lets something happen, and everything come to its end.
@@ -173,6 +193,19 @@ fn a_way_may_become_five_times_as_long() {
     busy.survive("200 ms there and back", |busy| {
         busy.lab.set_cable(&busy.sites[0], Condition { delay: Duration::from_millis(90), ..FAR });
         busy.echo.answers(BAD_TIME);
+        busy.lab.set_cable(&busy.sites[0], FAR);
+    });
+}
+
+#[test]
+fn a_file_gets_through_where_a_twentieth_is_lost_on_a_long_way() {
+    let Some(busy) = Busy::start([Kind::PortRestricted, Kind::PortRestricted]) else { return };
+    busy.survive("5 % lost each way, 200 ms there and back", |busy| {
+        let worst = Condition { delay: Duration::from_millis(90), loss_permille: 50, ..FAR };
+        busy.lab.set_cable(&busy.sites[0], worst);
+        let rate = busy.rate(WORST_TIME, WORST_BYTES);
+        eprintln!("meanwhile the file came at {rate:.0} Mbit/s");
+        assert!(rate > WORST_RATE, "{rate} Mbit/s");
         busy.lab.set_cable(&busy.sites[0], FAR);
     });
 }
