@@ -1,7 +1,7 @@
 //! Instances within this process, in a room of a relay that is a process of its own.
 //!
-//! In: the relay's address. Out: hosts that run commands, and callers, over real sockets. Hosts share one store that
-//! ends with the process: what it costs them is its queue, as with a file, and never the disk.
+//! In: the relay's address. Out: hosts that run commands, and callers, over real sockets. Hosts share one store
+//! in a file: no command begins before its record is written there, as on a real host.
 
 use std::{
     net::SocketAddr,
@@ -53,7 +53,7 @@ impl Crowd {
         Ok(Self {
             relay: format!("ws://{relay}").parse()?,
             keys: Arc::new(RoomKeys::derive(&Token::generate(&mut SystemRandom), "bench")),
-            store: Store::volatile(),
+            store: Store::at(folder.join("state.db")),
             folder: folder.to_owned(),
             policy: watch::channel(Arc::new(policy)).1,
         })

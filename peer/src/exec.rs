@@ -172,7 +172,8 @@ impl Jobs {
         }
         let job = match self.0.register(caller, id.into(), &spec) {
             Ok(Registered::New(job)) => {
-                self.0.clone().start(&job, &spec);
+                // A task of its own: a job that is registered begins and ends, also when nobody waits any more.
+                tokio::spawn(self.0.clone().start(job.clone(), spec));
                 job
             }
             Ok(Registered::Known(job)) => job,
@@ -292,18 +293,21 @@ impl Engine {
         Ok(Registered::New(job))
     }
 
-    fn start(self: Arc<Self>, job: &Arc<Job>, spec: &ExecSpec) {
-        self.store.job_started(job.summary());
-        match process::spawn(spec, &self.home) {
+    /// Starts the process once the job's record is written: what may have run shows in the list after any crash.
+    async fn start(self: Arc<Self>, job: Arc<Job>, spec: ExecSpec) {
+        self.store.job_started(job.summary()).await;
+        match process::spawn(&spec, &self.home) {
             Ok(child) => {
                 tracing::debug!(job = %job.id, caller = %job.caller.short(), "job started");
-                tokio::spawn(self.run(job.clone(), child, spec.timeout));
+                job.begin();
+                self.run(job, child, spec.timeout).await;
             }
             Err(failure) => {
                 tracing::debug!(job = %job.id, caller = %job.caller.short(), kind = ?failure.kind, "job not started");
                 job.deliver();
-                self.end(job, JobEnd { state: EndState::SpawnFailed(failure), duration: Duration::ZERO });
-                self.shelve(job);
+                self.end(&job, JobEnd { state: EndState::SpawnFailed(failure), duration: Duration::ZERO });
+                self.shelve(&job);
+                job.begin();
             }
         }
     }
@@ -354,8 +358,9 @@ impl Engine {
         }
     }
 
-    /// Answers an exec as its [`Follow`] says.
+    /// Answers an exec as its [`Follow`] says, once its process was started or could not be.
     async fn answer(&self, job: &Arc<Job>) -> JobReport {
+        job.begun().await;
         match job.follow {
             Follow::Attached => match timeout(self.config.inline_wait, job.ended()).await {
                 Ok(end) if job.is_small() => {

@@ -1,7 +1,8 @@
 //! The SQLite file: what must outlive the process. One table per concern: [`jobs`], [`audit`].
 //!
-//! In: rows to write, questions. Out: answers. It never opens the file before there is something to write or to read,
-//! and no caller ever waits for the disk to write: one thread does all of it, several rows in one transaction.
+//! In: rows to write, questions. Out: answers. It never opens the file before there is something to write or to read.
+//! One thread does all of it, several rows in one transaction; no caller waits for it but one that starts a job, whose
+//! row is to outlive a kill, and not for longer than [`RECORD_WAIT`].
 //! Unopened -> Open -> Closed; a file that cannot be opened is tried again at the next batch.
 //! Bounds: [`QUEUE`] operations wait; each table names how many rows it keeps.
 
@@ -14,12 +15,15 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    thread,
-    time::Duration,
+    thread::{self, Thread},
+    time::{Duration, Instant},
 };
 
 use rusqlite::Connection;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 
 pub mod audit;
 pub mod jobs;
@@ -33,9 +37,13 @@ const QUEUE: usize = 4096;
 /// Operations in one transaction.
 const BATCH: usize = 1024;
 
-/// Pause in which writes gather: a burst of small jobs costs one transaction, after they were answered. What is written
-/// in a crash's last moment is lost anyway (`synchronous=NORMAL`).
+/// Pause in which writes gather that nobody waits for: the ends of a burst of small jobs cost one transaction, after they
+/// were answered. A write that somebody waits for, or a question, ends it.
 const GATHER: Duration = Duration::from_millis(20);
+
+/// How long the start of a job waits for its row. A commit takes a tenth of a millisecond, one that is followed by a
+/// checkpoint as long as the disk needs for `fsync`; a disk that hangs must not hold up the job.
+const RECORD_WAIT: Duration = Duration::from_secs(1);
 
 /// Page cache in KiB. The tables are read a page at a time; an idle peer has 16 MiB in all.
 const CACHE_KIB: i64 = 256;
@@ -97,8 +105,35 @@ type Write = Box<dyn FnOnce(&Connection) -> rusqlite::Result<()> + Send>;
 type Read = Box<dyn FnOnce(Result<&mut Connection, StoreFault>) + Send>;
 
 enum Operation {
+    /// May wait for others.
     Write(Write),
+    /// Somebody waits to hear that it was committed, or that it cannot be.
+    Awaited(Write, oneshot::Sender<()>),
     Read(Read),
+}
+
+/// The store's thread and the way to it.
+struct Worker {
+    operations: mpsc::Sender<Operation>,
+    thread: Option<Thread>,
+}
+
+impl Worker {
+    fn start(place: Place) -> Self {
+        let (operations, queue) = mpsc::channel(QUEUE);
+        let thread = thread::Builder::new().name("store".into()).spawn(move || work(&place, queue));
+        let thread = thread.map(|thread| thread.thread().clone());
+        let thread =
+            thread.inspect_err(|error| tracing::error!(%error, "the store has no thread: nothing is recorded"));
+        Self { operations, thread: thread.ok() }
+    }
+
+    /// Ends the pause in which writes gather.
+    fn hurry(&self) {
+        if let Some(thread) = &self.thread {
+            thread.unpark();
+        }
+    }
 }
 
 /// A handle on the store; clones are the same store.
@@ -107,7 +142,7 @@ pub struct Store(Arc<Inner>);
 
 struct Inner {
     place: Place,
-    operations: OnceLock<mpsc::Sender<Operation>>,
+    worker: OnceLock<Worker>,
     dropped: AtomicU64,
     jobs_started: AtomicU64,
 }
@@ -132,7 +167,7 @@ impl Store {
     fn new(place: Place) -> Self {
         Self(Arc::new(Inner {
             place,
-            operations: OnceLock::new(),
+            worker: OnceLock::new(),
             dropped: AtomicU64::new(0),
             jobs_started: AtomicU64::new(0),
         }))
@@ -140,7 +175,7 @@ impl Store {
 
     /// Whether there is nothing that could be read, without opening the file.
     fn is_unmade(&self) -> bool {
-        self.0.operations.get().is_none() && matches!(&self.0.place, Place::File(path) if !path.exists())
+        self.0.worker.get().is_none() && matches!(&self.0.place, Place::File(path) if !path.exists())
     }
 
     /// Rows that were lost because too many waited.
@@ -150,33 +185,45 @@ impl Store {
 
     /// Waits until all that was asked for so far is in the file.
     pub async fn flush(&self) {
-        if self.0.operations.get().is_some() {
+        if self.0.worker.get().is_some() {
             // A store that cannot be opened has nothing to flush, and said so before.
             let _ = self.read(|_| Ok(())).await;
         }
     }
 
-    fn operations(&self) -> &mpsc::Sender<Operation> {
-        self.0.operations.get_or_init(|| {
-            let (operations, queue) = mpsc::channel(QUEUE);
-            let place = self.0.place.clone();
-            let thread = thread::Builder::new().name("store".into()).spawn(move || work(&place, queue));
-            if let Err(error) = thread {
-                tracing::error!(%error, "the store has no thread: nothing is recorded");
-            }
-            operations
-        })
+    fn worker(&self) -> &Worker {
+        self.0.worker.get_or_init(|| Worker::start(self.0.place.clone()))
     }
 
     fn try_write(&self, write: impl FnOnce(&Connection) -> rusqlite::Result<()> + Send + 'static) {
-        if self.operations().try_send(Operation::Write(Box::new(write))).is_err() {
-            let dropped = self.0.dropped.fetch_add(1, Ordering::Relaxed) + 1;
-            tracing::warn!(dropped, "the disk does not keep up: a job's record was lost");
+        self.try_send(Operation::Write(Box::new(write)));
+    }
+
+    /// Writes before anything else is waited for; returns when it is committed or cannot be, after [`RECORD_WAIT`] at
+    /// the latest.
+    async fn write_now(&self, write: impl FnOnce(&Connection) -> rusqlite::Result<()> + Send + 'static) {
+        let (told, written) = oneshot::channel();
+        if !self.try_send(Operation::Awaited(Box::new(write), told)) {
+            return;
+        }
+        self.worker().hurry();
+        if timeout(RECORD_WAIT, written).await.is_err() {
+            tracing::warn!(waited = ?RECORD_WAIT, "the disk does not keep up: a job starts before its record is written");
         }
     }
 
+    /// Whether there was room for it.
+    fn try_send(&self, operation: Operation) -> bool {
+        let sent = self.worker().operations.try_send(operation).is_ok();
+        if !sent {
+            let dropped = self.0.dropped.fetch_add(1, Ordering::Relaxed) + 1;
+            tracing::warn!(dropped, "the disk does not keep up: a job's record was lost");
+        }
+        sent
+    }
+
     async fn write(&self, write: impl FnOnce(&Connection) -> rusqlite::Result<()> + Send + 'static) {
-        if self.operations().send(Operation::Write(Box::new(write))).await.is_err() {
+        if self.worker().operations.send(Operation::Write(Box::new(write))).await.is_err() {
             self.0.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -192,7 +239,8 @@ impl Store {
             // Who asked may have gone.
             let _ = answer.send(outcome);
         });
-        self.operations().send(Operation::Read(read)).await.map_err(|_| StoreFault::Closed)?;
+        self.worker().operations.send(Operation::Read(read)).await.map_err(|_| StoreFault::Closed)?;
+        self.worker().hurry();
         answered.await.map_err(|_| StoreFault::Closed)?
     }
 }
@@ -257,15 +305,26 @@ fn work(place: &Place, mut queue: mpsc::Receiver<Operation>) {
     let mut connection = None;
     let mut batch = Vec::new();
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
-        if batch.iter().all(|operation| matches!(operation, Operation::Write(_))) {
-            thread::sleep(GATHER);
-            while batch.len() < BATCH
-                && let Ok(operation) = queue.try_recv()
-            {
-                batch.push(operation);
-            }
-        }
+        gather(&mut queue, &mut batch);
         perform(place, &mut connection, &mut batch);
+    }
+}
+
+/// Lets more writes come as long as nobody waits.
+fn gather(queue: &mut mpsc::Receiver<Operation>, batch: &mut Vec<Operation>) {
+    let until = Instant::now() + GATHER;
+    while batch.len() < BATCH && batch.iter().all(|operation| matches!(operation, Operation::Write(_))) {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        // An `unpark` before it, whose operation was taken already, costs one more turn.
+        thread::park_timeout(left);
+        while batch.len() < BATCH
+            && let Ok(operation) = queue.try_recv()
+        {
+            batch.push(operation);
+        }
     }
 }
 
@@ -282,28 +341,34 @@ fn perform(place: &Place, connection: &mut Option<Connection>, batch: &mut Vec<O
         }
     }
     let connection = connection.as_mut().expect("opened above");
-    let mut writes = Vec::new();
+    let (mut writes, mut awaiting) = (Vec::new(), Vec::new());
     for operation in batch.drain(..) {
         match operation {
             Operation::Write(write) => writes.push(write),
+            Operation::Awaited(write, told) => {
+                writes.push(write);
+                awaiting.push(told);
+            }
             Operation::Read(read) => {
-                commit(connection, &mut writes);
+                commit(connection, &mut writes, &mut awaiting);
                 read(Ok(connection));
             }
         }
     }
-    commit(connection, &mut writes);
+    commit(connection, &mut writes, &mut awaiting);
 }
 
 fn refuse(fault: &StoreFault, batch: &mut Vec<Operation>) {
     for operation in batch.drain(..) {
-        if let Operation::Read(read) = operation {
-            read(Err(fault.clone()));
+        match operation {
+            // Dropping its sender tells whoever waits.
+            Operation::Write(_) | Operation::Awaited(..) => {}
+            Operation::Read(read) => read(Err(fault.clone())),
         }
     }
 }
 
-fn commit(connection: &mut Connection, writes: &mut Vec<Write>) {
+fn commit(connection: &mut Connection, writes: &mut Vec<Write>, awaiting: &mut Vec<oneshot::Sender<()>>) {
     if writes.is_empty() {
         return;
     }
@@ -318,6 +383,10 @@ fn commit(connection: &mut Connection, writes: &mut Vec<Write>) {
     writes.clear();
     if let Err(error) = outcome {
         tracing::error!(%error, "records could not be written");
+    }
+    for told in awaiting.drain(..) {
+        // Whoever waited may have gone on.
+        let _ = told.send(());
     }
 }
 

@@ -480,6 +480,23 @@ async fn an_id_of_an_earlier_process_runs_no_more_and_what_ran_then_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_runs_has_its_record_in_the_file_already() {
+    let mut host = Host::new();
+    host.store = Store::at(host.folder.path().join("state.db"));
+    host.jobs = Jobs::new(host.store.clone(), host.config.clone());
+    assert_eq!(host.jobs.recover().await.unwrap(), 0);
+    for follow in [Follow::Attached, Follow::Collected, Follow::Detached] {
+        let marker = format!("mark-{follow:?}");
+        // The record holds the command, and the command looks for itself. What a reader sees, no kill takes away.
+        let look =
+            shell(&format!("cat state.db state.db-wal | grep -q {marker}; echo $? > told.new; mv told.new told"));
+        let id = host.run(ExecSpec { follow, ..host.inside(look) }).await.job;
+        host.wait_for(|job| job.job == id && job.end.is_some()).await;
+        assert_eq!(fs::read_to_string(host.folder.path().join("told")).unwrap(), "0\n", "{follow:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_job_too_many_is_refused_until_one_ends() {
     let host = Host::configured(|config| config.running = 2);
     let job = host.start(argv(&[b"sleep", b"1000"])).await;

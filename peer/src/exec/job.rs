@@ -1,7 +1,7 @@
 //! One job: what its process, its owner and its viewers share.
 //!
 //! In: output, input, orders and the end, each from the task that has it. Out: the same, to whoever waits for it. It
-//! never waits itself and starts nothing. Running -> Ended (published once); beside it Unowned <-> Owned.
+//! never waits itself and starts nothing. Recorded -> Begun -> Ended (published once); beside it Unowned <-> Owned.
 //! Bounds: those of [`Log`] and [`Input`].
 
 use std::{
@@ -66,6 +66,7 @@ pub(super) struct Job {
     interrupts: Notify,
     ending: watch::Sender<Option<Ending>>,
     owner: watch::Sender<Owner>,
+    begun: watch::Sender<bool>,
     end: watch::Sender<Option<JobEnd>>,
     /// Told whenever an attached stream may have something to say.
     news: watch::Sender<()>,
@@ -94,6 +95,7 @@ impl Job {
             interrupts: Notify::new(),
             ending: watch::Sender::new(None),
             owner: watch::Sender::default(),
+            begun: watch::Sender::new(false),
             end: watch::Sender::new(None),
             news: watch::Sender::new(()),
             delivered: watch::Sender::new(false),
@@ -236,6 +238,17 @@ impl Job {
                 return;
             }
         }
+    }
+
+    /// The process was started, or could not be.
+    pub(super) fn begin(&self) {
+        self.begun.send_replace(true);
+    }
+
+    /// Waits until the process was started, or could not be.
+    pub(super) async fn begun(&self) {
+        // The job holds the sender: this ends when it has begun.
+        let _ = self.begun.subscribe().wait_for(|begun| *begun).await;
     }
 
     /// The job ended: published once, after its output.

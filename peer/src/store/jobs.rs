@@ -37,14 +37,11 @@ pub struct Recovered {
 }
 
 impl Store {
-    /// Marks jobs without an end as lost. Called once, before jobs run.
+    /// Marks jobs without an end as lost. Called once, before jobs run; makes the file, so that no job waits for that.
     ///
     /// # Errors
     /// The file cannot be read or written.
     pub async fn recover(&self) -> Result<Recovered, StoreFault> {
-        if self.is_unmade() {
-            return Ok(Recovered::default());
-        }
         self.read(|connection| {
             let lost = connection.execute("UPDATE jobs SET state = 'lost' WHERE state IS NULL", [])?;
             let mut query = connection.prepare("SELECT id FROM jobs ORDER BY started_ms")?;
@@ -54,10 +51,11 @@ impl Store {
         .await
     }
 
-    /// A job is about to start.
-    pub fn job_started(&self, job: JobSummary) {
+    /// A job is about to start. Its row outlives a kill of this process from when this returns, unless the disk takes
+    /// longer than a second.
+    pub async fn job_started(&self, job: JobSummary) {
         let expires = self.0.jobs_started.fetch_add(1, Ordering::Relaxed).is_multiple_of(EXPIRE_EVERY);
-        self.try_write(move |connection| {
+        let write = move |connection: &Connection| {
             connection
                 .prepare_cached("INSERT OR IGNORE INTO jobs (id, caller, command, started_ms) VALUES (?, ?, ?, ?)")?
                 .execute(params![
@@ -67,7 +65,8 @@ impl Store {
                     number(job.started_unix_ms)
                 ])?;
             if expires { expire(connection) } else { Ok(()) }
-        });
+        };
+        self.write_now(write).await;
     }
 
     /// A job ended.
@@ -221,7 +220,7 @@ mod tests {
         ];
         let mut expected = Vec::new();
         for (number, state) in (0..).zip(states) {
-            store.job_started(JobSummary { stdout_bytes: 0, ..job(number, None) });
+            store.job_started(JobSummary { stdout_bytes: 0, ..job(number, None) }).await;
             store.job_ended(job(number, Some(state.clone())));
             expected.insert(0, job(number, Some(state)));
         }
@@ -234,8 +233,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.db");
         let before = Store::at(&path);
-        before.job_started(job(1, None));
-        before.job_started(job(2, None));
+        before.job_started(job(1, None)).await;
+        before.job_started(job(2, None)).await;
         before.job_ended(job(2, Some(EndState::Exited(0))));
         before.flush().await;
         let after = Store::at(&path);
@@ -248,10 +247,10 @@ mod tests {
     #[tokio::test]
     async fn the_oldest_job_gives_way_and_a_running_one_never_does() {
         let store = Store::volatile();
-        store.job_started(job(0, None));
+        store.job_started(job(0, None)).await;
         let newest = JOBS_KEPT as u64 + 2 * EXPIRE_EVERY;
         for number in 1..=newest {
-            store.job_started(job(number, None));
+            store.job_started(job(number, None)).await;
             store.job_ended(job(number, Some(EndState::Exited(0))));
             store.flush().await;
         }
