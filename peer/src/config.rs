@@ -201,6 +201,14 @@ impl Config {
         })
     }
 
+    /// The token's file and its permission bits, if others may read it.
+    pub fn exposed_token_file(&self) -> Option<(&Path, u32)> {
+        match self.token.as_ref().map(|token| &token.value) {
+            Some(TokenSource::File(path)) => Some((path, state::readable_by_others(path)?)),
+            Some(TokenSource::Text(_)) | None => None,
+        }
+    }
+
     /// Reads the token from where it is to be had; `None` if nobody said.
     ///
     /// # Errors
@@ -420,7 +428,7 @@ fn read_token_file(path: &Path) -> Result<TokenText> {
     let text = state::read_small(path).map_err(|error| {
         Failure::fixable(format!("cannot read token file {}", path.display()))
             .cause(error)
-            .hint(format!("make one with `peer token new > FILE` ({MAX_SMALL_FILE_BYTES} bytes at most)"))
+            .hint(format!("make one with `umask 077; peer token new > FILE` ({MAX_SMALL_FILE_BYTES} bytes at most)"))
     })?;
     let text = zeroize::Zeroizing::new(text);
     Ok(text.lines().next().unwrap_or_default().trim().to_owned().into())

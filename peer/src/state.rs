@@ -218,6 +218,15 @@ pub fn read_small(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
+/// The permission bits of a file that others than its owner may read, if the owner could change that: what somebody
+/// else owns and lets our group read was made so on purpose.
+pub fn readable_by_others(path: &Path) -> Option<u32> {
+    let meta = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+    let is_ours = meta.uid() == rustix::process::geteuid().as_raw();
+    let unwanted = if is_ours { 0o044 } else { 0o004 };
+    (meta.mode() & unwanted != 0).then_some(meta.mode() & 0o777)
+}
+
 /// Whether anybody may read the file.
 pub fn is_world_readable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o004 != 0)

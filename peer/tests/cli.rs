@@ -108,6 +108,33 @@ async fn a_token_is_never_repeated_in_a_failure() {
 }
 
 #[tokio::test]
+async fn a_token_file_that_others_may_read_is_used_with_a_warning() {
+    let machine = Machine::new();
+    let path = machine.home().join("token");
+    // A token with a typing error ends the command before it looks for a relay.
+    fs::write(&path, "pft1-hunter2hunter2\n").expect("a file");
+    for (mode, warned) in [(0o600, false), (0o640, true), (0o604, true), (0o622, false), (0o400, false)] {
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("permissions");
+        let said = machine.peer("ls --token-file token").await;
+        assert!(said.failed(1).part("cause").is_some_and(|cause| cause.contains("--token-file")), "{said:?}");
+        assert_eq!(
+            said.part("warning").is_some_and(|warning| warning.contains("chmod 600 token")),
+            warned,
+            "{mode:o}: {said:?}"
+        );
+    }
+    // Whoever else owns the file let us read it on purpose: only what everybody may read is warned about.
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(&path, Some(1), None).expect("another owner");
+        for (mode, warned) in [(0o640, false), (0o644, true)] {
+            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).expect("permissions");
+            let said = machine.peer("ls --token-file token").await;
+            assert_eq!(said.part("warning").is_some(), warned, "{mode:o}: {said:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_new_token_reads_back_and_no_two_are_equal() {
     let machine = Machine::new();
     let (one, other) = (machine.peer("token new").await, machine.peer("token new --json").await);

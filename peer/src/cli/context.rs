@@ -73,8 +73,13 @@ impl Context {
         if looks { Client::join_to_look(&config, token).await } else { Client::join(&config, token).await }
     }
 
-    /// The room's token; warns of one that somebody could guess.
+    /// The room's token; warns of one that somebody could guess, or read.
     pub(super) fn token(&self, config: &Config) -> Result<Token> {
+        if let Some((path, mode)) = config.exposed_token_file() {
+            let path = path.display();
+            self.ui
+                .warn(&format!("others may read the token in {path} (its mode is {mode:03o}): run `chmod 600 {path}`"));
+        }
         let token = client::token(config)?;
         if token.is_weak() {
             self.ui.warn("whoever guesses this token is in the room, and it looks guessable: `peer token new` makes a better one");
