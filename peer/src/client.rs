@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use peerfleet_proto::{
     id::InstanceId,
     presence::Mode,
-    request::{Outcome, Request, link::Route},
+    request::{Outcome, Request, link::Route, transfer::PathNow},
     target::{HostFacts, HostFault, resolve_host},
     token::Token,
 };
@@ -32,7 +32,7 @@ pub use door::DoorClient;
 /// How long a command waits for the room before it gives up: as long as a relay lets a join take.
 pub const JOIN_WAIT: Duration = peerfleet_proto::limits::JOIN_DEADLINE;
 
-/// Likewise when hosts are known from before the relay went away: those with a standing link are reached all the same.
+/// Likewise to list hosts that are known from before the relay went away: it may be back in a moment, and know of more.
 const KNOWN_WAIT: Duration = Duration::from_secs(1);
 
 /// How long an attached job or a transfer is picked up again after its connection was lost, before it counts as lost.
@@ -120,11 +120,14 @@ impl Client {
         Ok(each_once(hosts))
     }
 
-    /// The one host that `text` names.
+    /// The one host that `text` names. One to which a link stands directly needs no relay, and none is waited for.
     ///
     /// # Errors
     /// If there is none, or more than one.
     pub async fn host(&self, text: &str) -> Result<Host> {
+        if let Some(host) = directly_linked(text, self.hosts_now().await?) {
+            return Ok(host);
+        }
         let hosts = self.hosts().await?;
         let facts: Vec<HostFacts<'_>> = hosts.iter().map(facts).collect();
         match resolve_host(text, &facts) {
@@ -290,6 +293,13 @@ pub fn token(config: &Config) -> Result<Token> {
 pub fn facts(host: &Host) -> HostFacts<'_> {
     let presence = &host.presence;
     HostFacts { peer: host.peer, name: &presence.name, tags: &presence.tags, os: &presence.os, arch: &presence.arch }
+}
+
+/// The one host of that name, if packets to it travel directly now.
+fn directly_linked(text: &str, mut hosts: Vec<Host>) -> Option<Host> {
+    let index = resolve_host(text, &hosts.iter().map(facts).collect::<Vec<_>>()).ok()?;
+    let host = hosts.swap_remove(index);
+    (host.link.now == Some(PathNow::Direct)).then_some(host)
 }
 
 /// Of several processes of one identity (a peer that was just restarted), the one that is present, else the last.
