@@ -98,7 +98,7 @@ impl Exec {
             stdin: self.stdin,
             ..self.order.spec(&self.command, follow)?
         };
-        let unreachable = |failure: Failure| NotRun { state: "unreachable", failure: failure.not_run() };
+        let unreachable = |failure: Failure| NotRun { state: "unreachable", job: None, failure: failure.not_run() };
         let client = match context.client().await {
             Ok(client) => client,
             Err(failure) => return told(context.ui, unreachable(failure)),
@@ -200,10 +200,11 @@ pub(super) fn word(state: &EndState) -> &'static str {
     }
 }
 
-fn told(ui: Ui, NotRun { state, failure }: NotRun) -> Result<u8> {
+fn told(ui: Ui, NotRun { state, job, failure }: NotRun) -> Result<u8> {
     if ui.json && failure.kind != crate::failure::Kind::BrokenPipe {
         ui.json_line(&json!({
             "event": "exit",
+            "job": job.map(|job| job.to_string()),
             "state": state,
             "exit_code": null,
             "signal": null,

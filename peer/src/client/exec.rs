@@ -92,6 +92,8 @@ pub struct Finished {
 pub struct NotRun {
     /// One of `refused`, `unreachable`, `spawn_failed`: it did not run. `lost`, `cancelled`: it may have.
     pub state: &'static str,
+    /// The job that `peer jobs` shows on the host if it did run; `None` if it certainly did not.
+    pub job: Option<JobId>,
     /// For a person.
     pub failure: Failure,
 }
@@ -117,7 +119,7 @@ pub async fn run(
 ) -> Result<Finished, NotRun> {
     let (job, report) = start(client, host, spec, input.wishes).await?;
     let mut following = Following::new(client, host, job, true, output);
-    following.output.started(job).map_err(unwritten)?;
+    following.output.started(job).map_err(|error| unwritten(job, error))?;
     if let Some(report) = report {
         following.write_captured(&report).await?;
         if let Some(end) = report.end.filter(|_| following.has_all_of(report.stdout.total, report.stderr.total)) {
@@ -175,7 +177,7 @@ async fn start(
                 if let Some(job) = job {
                     cancel(client, host.instance, job).await;
                 }
-                return Err(interrupted(host));
+                return Err(interrupted(host, job));
             }
         };
         let ended = match said {
@@ -193,18 +195,21 @@ async fn start(
         return match (ended, job) {
             (Ok(Outcome::Job(report)), _) => Ok((report.job, Some(report))),
             (Ok(Outcome::Failed(failure)), _) => Err(refused(host, failure)),
-            (Ok(_), _) => Err(NotRun { state: "lost", failure: Failure::odd_answer(host.name()).not_run() }),
+            (Ok(_), job) => Err(NotRun { state: "lost", job, failure: Failure::odd_answer(host.name()).not_run() }),
             (Err(AskFault::Lost | AskFault::DeadlineExceeded), Some(job)) if accepted => Ok((job, None)),
-            (Err(fault), _) => Err(NotRun {
-                state: match fault {
-                    AskFault::Unreachable => "unreachable",
-                    AskFault::Lost | AskFault::DeadlineExceeded => "lost",
-                    AskFault::TooLarge | AskFault::Busy => "refused",
-                },
-                failure: Failure::from_ask(host.name(), fault).not_run(),
-            }),
+            (Err(fault), job) => Err(unasked(host, job, fault)),
         };
     }
+}
+
+/// Asking led to nothing, and `job` is what it would have been.
+fn unasked(host: &Host, job: Option<JobId>, fault: AskFault) -> NotRun {
+    let (state, job) = match fault {
+        AskFault::Unreachable => ("unreachable", None),
+        AskFault::Lost | AskFault::DeadlineExceeded => ("lost", job),
+        AskFault::TooLarge | AskFault::Busy => ("refused", None),
+    };
+    NotRun { state, job, failure: Failure::from_ask(host.name(), fault).not_run() }
 }
 
 /// Asks the host to end a job; whether it did shows in the job's end.
@@ -235,16 +240,18 @@ fn refused(host: &Host, failure: peerfleet_proto::request::Failure) -> NotRun {
         | FailureKind::Corrupt
         | FailureKind::Internal => "spawn_failed",
     };
-    NotRun { state, failure: Failure::from_host(format!("cannot run this on `{}`", host.name()), failure).not_run() }
+    let failure = Failure::from_host(format!("cannot run this on `{}`", host.name()), failure).not_run();
+    NotRun { state, job: None, failure }
 }
 
-fn interrupted(host: &Host) -> NotRun {
+fn interrupted(host: &Host, job: Option<JobId>) -> NotRun {
     let failure = Failure::new(Kind::Fixable, format!("interrupted; the command on `{}` may still run", host.name()))
         .hint(format!("`peer jobs {}` shows it, `peer cancel` ends it", host.name()))
         .exit_with(EXIT_INTERRUPTED);
-    NotRun { state: "cancelled", failure }
+    NotRun { state: "cancelled", job, failure }
 }
 
-fn unwritten(error: io::Error) -> NotRun {
-    NotRun { state: "lost", failure: ui::unwritten(error) }
+/// Output of a job that could not be written here.
+fn unwritten(job: JobId, error: io::Error) -> NotRun {
+    NotRun { state: "lost", job: Some(job), failure: ui::unwritten(error) }
 }

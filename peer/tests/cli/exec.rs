@@ -12,15 +12,15 @@ use std::{
 use peerfleet_peer::{
     client,
     daemon::call::{Call, Reply},
-    mesh::{AskFault, Stream},
+    mesh::{AskFault, AskProgress, Stream},
 };
-use peerfleet_proto::request::{Failure, FailureKind, Outcome, Request, exec::*};
+use peerfleet_proto::request::{Failure, FailureKind, Outcome, Request, exec::*, transfer::PathNow};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::{Notify, mpsc},
 };
 
-use crate::machine::{Machine, Said, answer, attached, end, ended, host, introduce, running};
+use crate::machine::{Machine, Said, answer, attached, end, ended, host, introduce, request_id, running};
 
 /// Bytes that a pipe holds in Linux, and most that are in one frame of output.
 const PIPE_BYTES: usize = 64 * 1024;
@@ -270,6 +270,57 @@ async fn an_unreachable_host_ends_with_125() {
 }
 
 #[tokio::test]
+async fn the_last_event_names_the_job_wherever_the_command_may_have_run() {
+    for (fault, state) in [
+        (AskFault::Lost, "lost"),
+        (AskFault::DeadlineExceeded, "lost"),
+        (AskFault::Unreachable, "unreachable"),
+        (AskFault::Busy, "refused"),
+    ] {
+        let machine = Machine::with_daemon(move |call, stream| {
+            Box::pin(async move {
+                let Some((Call::AskMany { to, .. }, mut stream)) = introduce(&[host(1, "web-1")], call, stream).await
+                else {
+                    return;
+                };
+                // It was asked, and nobody knows whether the host heard it.
+                for progress in [AskProgress::Asked(request_id(to[0])), AskProgress::Ended(Err(fault))] {
+                    let _ = stream.send.write_frame(&Reply::Progress(to[0], progress)).await;
+                }
+            })
+        });
+        let job = serde_json::json!((state == "lost").then(|| request_id(host(1, "").instance).to_string()));
+        for line in ["exec web-1 --json -- x", "exec web-1 --json --detach -- x"] {
+            let said = machine.peer(line).await;
+            let event = said.json().pop().expect("an event");
+            assert_eq!((said.code, &event["event"], &event["state"]), (Some(125), &"exit".into(), &state.into()));
+            assert_eq!(event.get("job"), Some(&job), "{event}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_host_to_which_a_link_stands_directly_is_asked_without_waiting_for_the_relay() {
+    let mut linked = host(1, "web-1");
+    linked.link.now = Some(PathNow::Direct);
+    let machine = Machine::with_daemon(move |call, stream| {
+        let hosts = [linked.clone()];
+        Box::pin(async move {
+            if matches!(call, Call::Joined { .. }) {
+                // The room is joined never: whoever asks for that waits for as long as it takes.
+                return std::future::pending().await;
+            }
+            let Some((Call::AskMany { to, .. }, mut stream)) = introduce(&hosts, call, stream).await else { return };
+            answer(&mut stream, to[0], Ok(ended(to[0], 0, b"here\n", b""))).await;
+        })
+    });
+    for name in ["web-1", &host(1, "").peer.to_string()[..8]] {
+        let said = machine.run(["exec", name, "--", "x"]).await;
+        assert_eq!((said.code, said.text()), (Some(0), "here\n"), "{said:?}");
+    }
+}
+
+#[tokio::test]
 async fn end_states_lead_to_the_agreed_exit_codes() {
     for (state, code) in [
         (EndState::TimedOut, 124),
@@ -332,7 +383,7 @@ async fn a_log_is_read_to_where_it_ends_now_and_owned_by_nobody() {
             say(&mut stream, FromHost::Pause).await;
         })
     });
-    let job = crate::machine::request_id(host(1, "").instance);
+    let job = request_id(host(1, "").instance);
     let said = machine.peer(&format!("logs web-1 {job}")).await;
     assert_eq!((said.code, said.text()), (Some(0), "so far\n"), "{said:?}");
 }

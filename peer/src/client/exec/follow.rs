@@ -81,8 +81,10 @@ impl<'a> Following<'a> {
     }
 
     pub(super) async fn write_captured(&mut self, report: &JobReport) -> Result<(), NotRun> {
-        self.take(Which::Stdout, report.stdout.bytes.clone()).await.map_err(unwritten)?;
-        self.take(Which::Stderr, report.stderr.bytes.clone()).await.map_err(unwritten)
+        for (which, captured) in [(Which::Stdout, &report.stdout), (Which::Stderr, &report.stderr)] {
+            self.take(which, captured.bytes.clone()).await.map_err(|error| unwritten(self.job, error))?;
+        }
+        Ok(())
     }
 
     /// Writes the next bytes of a stream, or drops them when nobody reads it any more.
@@ -114,7 +116,7 @@ impl<'a> Following<'a> {
                 Detached::End(end) => return Ok(Some(end)),
                 Detached::Pause => return Ok(None),
                 Detached::Failed(not_run) => return Err(not_run),
-                Detached::Quit => return Err(interrupted(self.host)),
+                Detached::Quit => return Err(interrupted(self.host, Some(self.job))),
                 Detached::Lost => {}
             }
             if self.is_broken() {
@@ -141,7 +143,7 @@ impl<'a> Following<'a> {
                 Some(wish) = wishes.recv() => match wish {
                     Wish::Signal(signal) => self.unsaid.push_back(signal),
                     Wish::Cancel => cancel(self.client, instance, self.job).await,
-                    Wish::Quit => return Err(interrupted(self.host)),
+                    Wish::Quit => return Err(interrupted(self.host, Some(self.job))),
                 },
             }
         }
@@ -168,11 +170,12 @@ impl<'a> Following<'a> {
             Ok((Outcome::Failed(failure), _)) => {
                 let state = if failure.kind == FailureKind::Refused { "refused" } else { "lost" };
                 let what = format!("cannot follow job {} on `{}`", self.job, self.host.name());
-                Detached::Failed(NotRun { state, failure: Failure::from_host(what, failure).not_run() })
+                let failure = Failure::from_host(what, failure).not_run();
+                Detached::Failed(NotRun { state, job: Some(self.job), failure })
             }
             Ok((_, _)) => {
                 let failure = Failure::odd_answer(self.host.name()).not_run();
-                Detached::Failed(NotRun { state: "lost", failure })
+                Detached::Failed(NotRun { state: "lost", job: Some(self.job), failure })
             }
             Err(fault) => {
                 tracing::debug!(%fault, "could not attach to the job; trying again");
@@ -257,7 +260,7 @@ impl<'a> Following<'a> {
             };
             if let Err(error) = self.take(which, bytes).await {
                 let _ = words.send(FromCaller::Signal(JobSignal::Terminate)).await;
-                return Detached::Failed(unwritten(error));
+                return Detached::Failed(unwritten(self.job, error));
             }
             if self.is_broken() && broken_since.is_none() {
                 broken_since = Some(Instant::now());
@@ -277,7 +280,7 @@ impl<'a> Following<'a> {
         let failure = Failure::unreachable(format!("lost job {} on `{host}`", self.job))
             .cause(format!("no connection to it for {} s", RECONNECT_DEADLINE.as_secs()))
             .hint(format!("`peer jobs {host}` tells how it ended once the host is back"));
-        NotRun { state: "lost", failure: failure.not_run() }
+        NotRun { state: "lost", job: Some(self.job), failure: failure.not_run() }
     }
 }
 
