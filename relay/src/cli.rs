@@ -3,7 +3,8 @@
 //! In: arguments, environment, a configuration file. Out: an exit code; data on stdout, words and the log on stderr.
 //! Never starts with a default where something that was written is wrong.
 //! Parse -> read the file -> resolve -> serve until a signal -> drain; a second signal ends at once.
-//! Exit codes: 0 done, 1 the user can fix it (or the relay that was asked is not healthy), 2 wrong usage, 70 our bug.
+//! Exit codes: 0 done, 1 the user can fix it (or the relay that was asked is not healthy), 2 wrong usage, 70 our bug,
+//! 141 nobody reads our output.
 
 use std::{
     io::{self, Read, Write},
@@ -14,7 +15,10 @@ use std::{
 };
 
 use anyhow::Context;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{
+    CommandFactory, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use clap_complete::Shell;
 use tracing_subscriber::EnvFilter;
 
@@ -105,19 +109,41 @@ struct Failure {
     hint: &'static str,
 }
 
+/// Whoever read our output went away: 128 + SIGPIPE, as the shell reports it of other programs.
+const EXIT_BROKEN_PIPE: u8 = 141;
+
 impl Cli {
+    /// Reads command line and environment.
+    ///
+    /// # Errors
+    /// The code to end with, once help was printed or it was said what is wrong.
+    pub fn read() -> Result<Self, ExitCode> {
+        Self::try_parse().map_err(|fault| {
+            if !fault.use_stderr() {
+                // Nothing is left to be done if nobody reads the help.
+                let _ = fault.print();
+                return ExitCode::SUCCESS;
+            }
+            let (what, code) = blame(&fault, &std::env::args().collect::<Vec<_>>());
+            let _ = writeln!(io::stderr(), "error: {what}\nhint: `relay --help` lists every option");
+            ExitCode::from(code)
+        })
+    }
+
     /// Does what the command line says.
     pub fn run(self) -> ExitCode {
         let done = match self.command {
-            None => self.serve.run(),
-            Some(Command::Health { target, here }) => here.ask(target),
+            None => self.serve.run().map(|()| None),
+            Some(Command::Health { target, here }) => here.ask(target).map(Some),
             Some(Command::Completions { shell }) => {
-                clap_complete::generate(shell, &mut Self::command(), "relay", &mut io::stdout());
-                Ok(())
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "relay", &mut script);
+                Ok(Some(script))
             }
         };
         match done {
-            Ok(()) => ExitCode::SUCCESS,
+            Ok(None) => ExitCode::SUCCESS,
+            Ok(Some(data)) => print(&data),
             Err(failure) => {
                 let Failure { what, cause, hint } = failure;
                 // Nothing is left to be done if stderr is closed.
@@ -126,6 +152,38 @@ impl Cli {
             }
         }
     }
+}
+
+fn print(data: &[u8]) -> ExitCode {
+    let mut out = io::stdout().lock();
+    match out.write_all(data).and_then(|()| out.flush()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) if fault.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(EXIT_BROKEN_PIPE),
+        Err(fault) => {
+            let hint = "check the disk or program that output goes to";
+            let _ = writeln!(io::stderr(), "error: cannot write to standard output\ncause: {fault}\nhint: {hint}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// What is wrong, and the exit code: 2 for the command line, 1 for a variable, which is then named in place of the flag
+/// that nobody wrote.
+fn blame(fault: &clap::Error, arguments: &[String]) -> (String, u8) {
+    let text = fault.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    let what = first.strip_prefix("error: ").unwrap_or(first);
+    let Some(ContextValue::String(argument)) = fault.get(ContextKind::InvalidArg) else {
+        return (what.to_owned(), 2);
+    };
+    let flag = argument.split([' ', '=', '[']).next().unwrap_or_default();
+    let is_given = |given: &String| given == flag || given.starts_with(&format!("{flag}="));
+    let is_value = fault.kind() == ErrorKind::ValueValidation || fault.kind() == ErrorKind::InvalidValue;
+    if !is_value || !flag.starts_with("--") || arguments.iter().any(is_given) {
+        return (what.to_owned(), 2);
+    }
+    let variable = format!("RELAY_{}", flag.trim_start_matches('-').replace('-', "_").to_uppercase());
+    (what.replace(&format!("'{argument}'"), &variable), 1)
 }
 
 /// The configuration in force: what is set on the command line or in the environment, then the file, then defaults.
@@ -256,7 +314,8 @@ fn keep_freed_memory() {
 }
 
 impl Here {
-    fn ask(self, target: Option<String>) -> Result<(), Failure> {
+    /// What the relay says of itself, as one line.
+    fn ask(self, target: Option<String>) -> Result<Vec<u8>, Failure> {
         let targets = match target {
             Some(target) => vec![target],
             None => {
@@ -270,7 +329,7 @@ impl Here {
             hint: "is it running? name its address: `relay health ADDR`",
         };
         let body = first_success(targets.iter().map(|target| ask(target))).map_err(failure)?;
-        writeln!(io::stdout(), "{body}").context("cannot write to stdout").map_err(failure)
+        Ok(format!("{body}\n").into_bytes())
     }
 }
 

@@ -225,10 +225,13 @@ impl Options {
     /// # Errors
     /// [`FileFault`] with the place of the first thing that is wrong.
     pub fn read(path: &Path) -> Result<Self, FileFault> {
-        let text =
-            std::fs::read_to_string(path).map_err(|cause| FileFault::Unreadable { path: path.to_owned(), cause })?;
-        Self::parse(&text).map_err(|(at, message)| {
-            let before = &text[..text.floor_char_boundary(at)];
+        let bytes = std::fs::read(path).map_err(|cause| FileFault::Unreadable { path: path.to_owned(), cause })?;
+        let parsed = match std::str::from_utf8(&bytes) {
+            Ok(text) => Self::parse(text),
+            Err(fault) => Err((fault.valid_up_to(), "what stands there is not UTF-8".to_owned())),
+        };
+        parsed.map_err(|(at, message)| {
+            let before = String::from_utf8_lossy(&bytes[..at.min(bytes.len())]);
             let line = before.matches('\n').count() + 1;
             let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
             FileFault::Broken { path: path.to_owned(), line, column, message }
@@ -498,6 +501,9 @@ mod tests {
             let fault = Options::read(&path).unwrap_err().to_string();
             assert!(fault.contains(&format!("relay.toml{place}")) && fault.contains(word), "{fault}");
         }
+        std::fs::write(&path, b"# \xc3\xa4\n# \xc3\xa4\xff\n").unwrap();
+        let fault = Options::read(&path).unwrap_err().to_string();
+        assert!(fault.contains("relay.toml:2:4:") && fault.contains("UTF-8"), "{fault}");
         let missing = Options::read(&folder.path().join("none.toml")).unwrap_err();
         assert!(matches!(missing, FileFault::Unreadable { .. }));
     }
