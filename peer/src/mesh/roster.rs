@@ -61,6 +61,16 @@ impl Members {
         self.known.get(&instance)
     }
 
+    /// Processes of this host that left the room and have a successor there. A host is one process at a time, by the
+    /// lock on its state folder: they are dead, whereas one without a successor may only have lost the relay.
+    pub(super) fn replaced(&self, peer: PeerId) -> Vec<InstanceId> {
+        let hosts = || self.known.iter().filter(|(_, member)| member.peer == peer && member.presence.is_host());
+        if !hosts().any(|(_, member)| member.slot.is_some()) {
+            return Vec::new();
+        }
+        hosts().filter(|(_, member)| member.slot.is_none()).map(|(instance, _)| *instance).collect()
+    }
+
     /// Somebody came, moved or changed.
     pub(super) fn set(&mut self, instance: InstanceId, member: Member, now: Instant) {
         self.known.insert(instance, member);

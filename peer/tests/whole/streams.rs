@@ -5,9 +5,13 @@ use std::{
     io::{BufRead, BufReader, Read},
     path::Path,
     process::Stdio,
+    time::{Duration, Instant},
 };
 
-use super::room::{Room, Running, until};
+use super::room::{Room, Running, next_event, until};
+
+/// After so much silence a link counts as broken.
+const LINK_TIME_OUT: Duration = Duration::from_secs(60);
 
 /// Most that a process may ever have resident.
 const MOST_MEMORY: u64 = 64 << 20;
@@ -140,6 +144,27 @@ fn a_relayed_command_is_picked_up_after_its_link_was_given_up() {
     room.start_relay();
     assert_eq!(read(u64::MAX), 600_000);
     assert_eq!(running.0.wait().unwrap().code(), Some(7));
+}
+
+#[test]
+fn a_silent_command_whose_host_was_killed_is_lost_as_soon_as_the_host_is_back() {
+    let room = Room::start();
+    let one = room.peer("one", &[]);
+    let mut other = room.peer("other", &["--mode", "bypass"]);
+    one.sees(&["other"]);
+    let (mut running, mut events) = one.spawn(&["exec", "other", "--json", "--", "sleep", "1000"]);
+    let started = next_event(&mut events).unwrap();
+    until("a direct path", || (one.path_of("other")? == "direct").then_some(()));
+    other.kill();
+    other.start();
+    let killed = Instant::now();
+    let exit = next_event(&mut events).unwrap();
+    assert_eq!((&exit["event"], &exit["state"], &exit["job"]), (&"exit".into(), &"lost".into(), &started["job"]));
+    assert_eq!(running.0.wait().unwrap().code(), Some(125));
+    // The link alone would find out by its time-out.
+    assert!(killed.elapsed() < LINK_TIME_OUT / 2, "{:?}", killed.elapsed());
+    let listed = one.run(&["jobs", "other", "--json"]).json().remove(0);
+    assert_eq!((&listed[0]["job"], &listed[0]["state"]), (&started["job"], &"lost".into()));
 }
 
 #[test]

@@ -4,15 +4,17 @@ use std::{net::SocketAddr, time::Instant};
 
 use peerfleet_proto::{
     exchange::{self, Address},
+    id::PeerId,
     presence::Presence,
-    request::{Failure, FailureKind, Outcome, Request},
+    request::{Failure, FailureKind, Outcome, Request, link::Route},
     uplink::{self, LostReason},
     wire::relay::{self, RelayFrame, RelayToPeer, Welcome},
 };
 
 use super::{Actor, LineEvent};
 use crate::mesh::{
-    Caller, NotJoined, UplinkState, interfaces::source_towards, path::Whereabouts, roster::Member, wire::ToRelay,
+    Caller, NotJoined, UplinkState, interfaces::source_towards, link::CODE_DONE, path::Whereabouts, roster::Member,
+    wire::ToRelay,
 };
 
 impl Actor {
@@ -111,6 +113,18 @@ impl Actor {
         self.book.set_slot(member.instance, Some(member.slot));
         let known = Member { peer: member.peer, presence, slot: Some(member.slot) };
         self.members.set(member.instance, known, now);
+        self.end_links_to_replaced(member.peer, now);
+    }
+
+    /// Ends links to processes that another took the place of: what goes over them could only wait for its time-out.
+    fn end_links_to_replaced(&mut self, peer: PeerId, now: Instant) {
+        for instance in self.members.replaced(peer) {
+            for route in [Route::Auto, Route::RelayedOnly] {
+                if let Some(link) = self.book.get((instance, route), now) {
+                    link.connection.close(CODE_DONE, b"replaced");
+                }
+            }
+        }
     }
 
     fn member_left(&mut self, member: &relay::Member, now: Instant) {
@@ -119,6 +133,7 @@ impl Actor {
         let has_link = self.book.knows(member.instance);
         self.members.left(member.instance, has_link, now);
         self.opener.forget(member.instance);
+        self.end_links_to_replaced(member.peer, now);
     }
 
     fn lost(&mut self, reason: LostReason, now: Instant) {
