@@ -41,6 +41,37 @@ pub(super) struct Following<'a> {
     stderr_broken: bool,
     pub(super) output: &'a mut dyn Output,
     unsaid: VecDeque<JobSignal>,
+    patience: Patience,
+}
+
+/// How long a job that cannot be attached to is waited for, since it last could.
+#[derive(Debug)]
+struct Patience {
+    give_up: Instant,
+    attached: Option<Instant>,
+}
+
+impl Patience {
+    fn new(now: Instant) -> Self {
+        Self { give_up: now + RECONNECT_DEADLINE, attached: None }
+    }
+
+    fn attached(&mut self, now: Instant) {
+        self.attached = Some(now);
+    }
+
+    /// The try ended. A connection that stood for a moment, or brought output, was one, however silent the job: but one
+    /// that breaks at once again and again is none.
+    fn lost(&mut self, brought_output: bool, now: Instant) {
+        let stood = self.attached.take().is_some_and(|since| now - since >= RETRY_PAUSE);
+        if stood || brought_output {
+            self.give_up = now + RECONNECT_DEADLINE;
+        }
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        now >= self.give_up
+    }
 }
 
 /// How one attachment ended.
@@ -65,6 +96,7 @@ impl<'a> Following<'a> {
             stderr_broken: false,
             output,
             unsaid: VecDeque::new(),
+            patience: Patience::new(Instant::now()),
         }
     }
 
@@ -108,7 +140,6 @@ impl<'a> Following<'a> {
     }
 
     pub(super) async fn follow(&mut self, to_the_end: bool, input: &mut Input<'_>) -> Result<Option<JobEnd>, NotRun> {
-        let mut give_up = Instant::now() + RECONNECT_DEADLINE;
         let mut instance = self.host.instance;
         loop {
             let before = (self.stdout, self.stderr);
@@ -123,10 +154,9 @@ impl<'a> Following<'a> {
                 cancel(self.client, instance, self.job).await;
                 return Ok(None);
             }
-            if before != (self.stdout, self.stderr) {
-                give_up = Instant::now() + RECONNECT_DEADLINE;
-            }
-            if Instant::now() >= give_up {
+            let now = Instant::now();
+            self.patience.lost(before != (self.stdout, self.stderr), now);
+            if self.patience.is_over(now) {
                 return Err(self.lost());
             }
             self.pause(instance, input.wishes).await?;
@@ -163,6 +193,7 @@ impl<'a> Following<'a> {
         };
         match opened {
             Ok((Outcome::Attached(attached), stream)) => {
+                self.patience.attached(Instant::now());
                 self.resume_at(attached, input.stdin.as_ref());
                 self.converse(stream, instance, input).await
             }
@@ -343,5 +374,38 @@ async fn sleep_until(when: Option<Instant>) {
     match when {
         Some(when) => tokio::time::sleep_until(when).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const MOMENT: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn a_job_that_was_silent_for_an_hour_is_waited_for_when_its_connection_breaks() {
+        let begin = Instant::now();
+        let mut patience = Patience::new(begin);
+        patience.attached(begin);
+        let broke = begin + Duration::from_secs(3600);
+        patience.lost(false, broke);
+        assert!(!patience.is_over(broke + RECONNECT_DEADLINE - MOMENT));
+        assert!(patience.is_over(broke + RECONNECT_DEADLINE));
+    }
+
+    #[test]
+    fn connections_that_break_at_once_are_not_waited_for_any_longer() {
+        let begin = Instant::now();
+        let mut patience = Patience::new(begin);
+        let mut now = begin;
+        while !patience.is_over(now) {
+            patience.attached(now);
+            patience.lost(false, now + MOMENT);
+            now += RETRY_PAUSE;
+        }
+        assert_eq!(now, begin + RECONNECT_DEADLINE);
     }
 }
