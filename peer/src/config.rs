@@ -380,8 +380,8 @@ fn from_file(flag: Option<&Path>, env: &Env) -> Result<(Layer, Option<PathBuf>)>
     let is_named = named.is_some();
     let usual = || env.xdg(env::XDG_CONFIG_HOME, ".config").map(|base| base.join("peerfleet").join("config.toml"));
     let Some(path) = named.or_else(usual) else { return Ok((Layer::default(), None)) };
-    let text = match state::read_small(&path) {
-        Ok(text) => text,
+    let bytes = match state::read_small_bytes(&path) {
+        Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound && !is_named => return Ok((Layer::default(), None)),
         Err(error) => {
             return Err(Failure::fixable(format!("cannot read configuration {}", path.display()))
@@ -389,7 +389,7 @@ fn from_file(flag: Option<&Path>, env: &Env) -> Result<(Layer, Option<PathBuf>)>
                 .hint("give another file with --config or PEER_CONFIG"));
         }
     };
-    let layer = parse_file(&text, &path)?;
+    let layer = parse_file(&bytes, &path)?;
     if let Some(secret) = secret_in(&layer)
         && state::is_world_readable(&path)
     {
@@ -406,15 +406,20 @@ fn secret_in(layer: &Layer) -> Option<&'static str> {
     if layer.token.is_some() { Some("the token") } else { has_password.then_some("a proxy's password") }
 }
 
-fn parse_file(text: &str, path: &Path) -> Result<Layer> {
-    toml::from_str(text).map_err(|fault| {
-        // The parser's own rendering quotes the line, which may hold the token.
-        let at = fault.span().map(|span| line_and_column(text, span.start));
+fn parse_file(bytes: &[u8], path: &Path) -> Result<Layer> {
+    let failed = |at: Option<(usize, usize)>, why: &str| {
         let at = at.map(|(line, column)| format!(":{line}:{column}")).unwrap_or_default();
         Failure::fixable(format!("cannot read configuration {}{at}", path.display()))
-            .cause(fault.message())
+            .cause(why)
             .hint("correct that line; nothing was started")
-    })
+    };
+    let text = std::str::from_utf8(bytes).map_err(|fault| {
+        let good = String::from_utf8_lossy(&bytes[..fault.valid_up_to()]);
+        failed(Some(line_and_column(&good, good.len())), "what stands there is not UTF-8")
+    })?;
+    // The parser's own rendering quotes the line, which may hold the token.
+    let place = |fault: &toml::de::Error| fault.span().map(|span| line_and_column(text, span.start));
+    toml::from_str(text).map_err(|fault| failed(place(&fault), fault.message()))
 }
 
 /// Line and column, both from 1, of a byte in a text.
@@ -452,12 +457,28 @@ where
 }
 
 fn access<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<BTreeMap<PeerId, Mode>, D::Error> {
-    let lines = BTreeMap::<String, String>::deserialize(deserializer)?;
-    let parsed = lines.iter().map(|(peer, mode)| {
-        let peer = peer.parse().map_err(|fault| de::Error::custom(format!("`{peer}`: {fault}")))?;
-        Ok((peer, mode.parse().map_err(de::Error::custom)?))
-    });
-    parsed.collect()
+    let lines = BTreeMap::<AccessPeer, AccessMode>::deserialize(deserializer)?;
+    Ok(lines.into_iter().map(|(peer, mode)| (peer.0, mode.0)).collect())
+}
+
+/// Who is in a line of `[access]`. A type of its own, as the parser then knows where in the file it is wrong.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct AccessPeer(PeerId);
+
+impl<'de> Deserialize<'de> for AccessPeer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map(Self).map_err(|fault| de::Error::custom(format_args!("`{text}`: {fault}")))
+    }
+}
+
+/// What they may do; likewise.
+struct AccessMode(Mode);
+
+impl<'de> Deserialize<'de> for AccessMode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map(Self).map_err(de::Error::custom)
+    }
 }
 
 fn token_text<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<TokenText>, D::Error> {

@@ -210,12 +210,21 @@ pub fn private_folder(path: &Path, way_out: &str) -> Result<PathBuf> {
 /// # Errors
 /// Those of the file system; `InvalidData` if it is longer or not UTF-8.
 pub fn read_small(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    File::open(path)?.take(MAX_SMALL_FILE_BYTES + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > MAX_SMALL_FILE_BYTES {
+    let not_text = |_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8");
+    String::from_utf8(read_small_bytes(path)?).map_err(not_text)
+}
+
+/// Reads a file of at most [`MAX_SMALL_FILE_BYTES`].
+///
+/// # Errors
+/// Those of the file system; `InvalidData` if it is longer.
+pub fn read_small_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_SMALL_FILE_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_SMALL_FILE_BYTES {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "it is longer than 16 KiB"));
     }
-    Ok(text)
+    Ok(bytes)
 }
 
 /// The permission bits of a file that others than its owner may read, if the owner could change that: what somebody

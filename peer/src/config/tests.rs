@@ -96,11 +96,23 @@ fn a_broken_file_is_an_error_with_line_and_column() {
         ("room = 'x'\n\n  colour = 'red'\n", ":3:3", "unknown field `colour`"),
         ("mode = 'all'\n", ":1:8", "not a mode"),
         ("tags = ['a', 'b c']\n", ":1:8", "a tag"),
+        ("[access]\n# Who?\n'abc' = 'bypass'\n", ":3:1", "not a valid id"),
+        (&format!("[access]\n'{}' = 'all'\n", PeerId::from_bytes([7; 32])), ":2:58", "not a mode"),
     ] {
         let failure = Machine::new().with_file(text).resolve(&Layer::default()).unwrap_err();
         assert!(failure.what.ends_with(at), "{text:?}: {failure:?}");
         assert!(failure.cause.as_deref().is_some_and(|cause| cause.contains(why)), "{text:?}: {failure:?}");
     }
+}
+
+#[test]
+fn a_file_that_is_no_text_is_an_error_with_line_and_column() {
+    let machine = Machine::new().with_file("");
+    let path = machine.folder.path().join(".config/peerfleet/config.toml");
+    fs::write(path, b"room = 'x'\n# \xc3\xa4\xff\n").unwrap();
+    let failure = machine.resolve(&Layer::default()).unwrap_err();
+    assert!(failure.what.ends_with(":2:4"), "{failure:?}");
+    assert!(failure.cause.as_deref().is_some_and(|cause| cause.contains("UTF-8")), "{failure:?}");
 }
 
 #[test]
