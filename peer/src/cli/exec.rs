@@ -5,6 +5,7 @@ use std::{ffi::OsString, os::unix::ffi::OsStringExt};
 use clap::Args;
 use peerfleet_proto::request::exec::{Command, EndState, ExecSpec, Follow, JobEnd};
 use serde_json::json;
+use tokio::sync::mpsc;
 
 use super::{
     context::Context,
@@ -15,9 +16,9 @@ use super::{
 use crate::{
     client::{
         Client,
-        exec::{self, Finished, Input, NotRun, Output, Stdin},
+        exec::{self, Finished, Input, NotRun, Output, Stdin, Wish},
     },
-    failure::{EXIT_BROKEN_PIPE, Failure, Result},
+    failure::{EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Failure, Result},
     machine::Host,
     ui::Ui,
 };
@@ -98,24 +99,50 @@ impl Exec {
             stdin: self.stdin,
             ..self.order.spec(&self.command, follow)?
         };
-        let unreachable = |failure: Failure| NotRun { state: "unreachable", job: None, failure: failure.not_run() };
-        let client = match context.client().await {
-            Ok(client) => client,
-            Err(failure) => return told(context.ui, unreachable(failure)),
+        let mut wishes = signals::wishes(context.ui)?;
+        let mut client = None;
+        let reached = tokio::select! {
+            reached = self.reach(context, &mut client) => reached,
+            Some(_wish) = wishes.recv() => Err(NotRun { state: "cancelled", job: None, failure: self.interrupted() }),
         };
-        let code = match client.host(&self.host).await {
-            Ok(host) => self.on(context, &client, &host, spec).await,
-            Err(failure) => told(context.ui, unreachable(failure)),
+        let code = match reached {
+            Ok(host) => {
+                let client = client.as_ref().expect("a host is found by a client");
+                self.on(context, client, &host, spec, &mut wishes).await
+            }
+            Err(not_run) => told(context.ui, not_run),
         };
-        client.close().await;
+        if let Some(client) = client {
+            client.close().await;
+        }
         code
     }
 
-    async fn on(&self, context: &Context, client: &Client, host: &Host, spec: ExecSpec) -> Result<u8> {
+    /// Finds the host, by a client that the caller closes.
+    async fn reach(&self, context: &Context, client: &mut Option<Client>) -> std::result::Result<Host, NotRun> {
+        let unreachable = |failure: Failure| NotRun { state: "unreachable", job: None, failure: failure.not_run() };
+        let client = client.insert(context.client().await.map_err(unreachable)?);
+        client.host(&self.host).await.map_err(unreachable)
+    }
+
+    fn interrupted(&self) -> Failure {
+        Failure::fixable(format!("interrupted before `{}` was asked", self.host))
+            .cause("the room was not joined yet")
+            .hint("`peer status` tells how the connection to the relay stands")
+            .exit_with(EXIT_INTERRUPTED)
+    }
+
+    async fn on(
+        &self,
+        context: &Context,
+        client: &Client,
+        host: &Host,
+        spec: ExecSpec,
+        wishes: &mut mpsc::Receiver<Wish>,
+    ) -> Result<u8> {
         let ui = context.ui;
-        let mut wishes = signals::wishes(ui)?;
         if self.detach {
-            return match exec::detach(client, host, spec, &mut wishes).await {
+            return match exec::detach(client, host, spec, wishes).await {
                 Ok(job) => started(ui, host, &job.to_string()),
                 Err(not_run) => told(ui, not_run),
             };
@@ -123,7 +150,7 @@ impl Exec {
         let mut output: Box<dyn Output> =
             if ui.json { Box::new(Events::new(ui, host)) } else { Box::new(Raw::new(ui)?) };
         let stdin = self.stdin.then(|| Stdin::from_reader(std::io::stdin()));
-        let input = Input { stdin, wishes: &mut wishes };
+        let input = Input { stdin, wishes };
         match exec::run(client, host, spec, &mut *output, input).await {
             Ok(finished) => ended(ui, host, &finished),
             Err(not_run) => told(ui, not_run),

@@ -116,6 +116,10 @@ fn as_json(job: &JobSummary) -> serde_json::Value {
         Some(EndState::Signalled(signal)) => (None, Some(*signal)),
         _ => (None, None),
     };
+    let error = match end.map(|end| &end.state) {
+        Some(EndState::SpawnFailed(failure)) => Some(failure.what.as_str()),
+        _ => None,
+    };
     json!({
         "job": job.job.to_string(),
         "caller": job.caller.to_string(),
@@ -127,5 +131,6 @@ fn as_json(job: &JobSummary) -> serde_json::Value {
         "duration_ms": end.map(|end| u64::try_from(end.duration.as_millis()).unwrap_or(u64::MAX)),
         "stdout_bytes": job.stdout_bytes,
         "stderr_bytes": job.stderr_bytes,
+        "error": error,
     })
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     client::exec::{self, Finished, Output},
-    failure::{EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Failure, Result},
+    failure::{EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Failure, Kind, Result},
 };
 
 /// Print what a job wrote, standard output and standard error apart
@@ -51,7 +51,10 @@ impl Logs {
         match read {
             Ok(Finished { broken_pipe: true, .. }) => Ok(EXIT_BROKEN_PIPE),
             // Reading the log went well, however the job ended.
-            Ok(finished) if ui.json => ended(ui, &host, &finished).map(|_| 0),
+            Ok(finished) if ui.json => match ended(ui, &host, &finished) {
+                Err(failure) if failure.kind == Kind::BrokenPipe => Err(failure),
+                Ok(_) | Err(_) => Ok(0),
+            },
             Ok(_) => Ok(0),
             Err(not_run) => Err(Failure::new(not_run.failure.kind, not_run.failure.what.clone())
                 .cause(not_run.failure.cause.unwrap_or_default())

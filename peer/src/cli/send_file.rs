@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use data_encoding::HEXLOWER;
+use data_encoding::{BASE64, HEXLOWER};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use peerfleet_proto::request::transfer::{PathNow, PathWish};
 use serde_json::json;
@@ -78,32 +78,46 @@ impl SendFile {
     }
 
     async fn send(self, context: &Context, display: &mut Display) -> Result<(Delivery, Delivered)> {
+        let stopped = signals::stopped()?;
+        let mut client = None;
+        let sent = tokio::select! {
+            sent = self.send_by(context, &mut client, display) => sent,
+            () = stopped => Err(Failure::fixable("interrupted")
+                .hint("run the same command again: what arrived is kept, and only the rest is sent")
+                .exit_with(EXIT_INTERRUPTED)),
+        };
+        if let Some(client) = client {
+            client.close().await;
+        }
+        sent
+    }
+
+    /// Sends it, by a client that the caller closes.
+    async fn send_by(
+        &self,
+        context: &Context,
+        client: &mut Option<Client>,
+        display: &mut Display,
+    ) -> Result<(Delivery, Delivered)> {
         let (source, destination) = (spot(&self.source)?, spot(&self.destination)?);
         if source.host.is_none() && destination.host.is_none() {
             return Err(Failure::usage("both ends are on this machine")
                 .cause("neither SRC nor DST names a host")
                 .hint("write HOST:PATH for one of them; to copy a file here, use cp"));
         }
-        let stopped = signals::stopped()?;
         let source_here = source.host.is_none().then(|| readable(source.path)).transpose()?;
-        let client = context.client().await?;
+        let client = client.insert(context.client().await?);
         let delivery = Delivery {
-            from: place(&client, &source, source_here).await?,
-            to: place(&client, &destination, None).await?,
+            from: place(client, &source, source_here).await?,
+            to: place(client, &destination, None).await?,
             path: match self.path {
                 Way::Auto => PathWish::Auto,
                 Way::Direct => PathWish::Direct,
                 Way::Relayed => PathWish::Relayed,
             },
         };
-        let delivered = tokio::select! {
-            delivered = deliver(&client, &delivery, |update| display.update(&update)) => delivered,
-            () = stopped => Err(Failure::fixable("interrupted")
-                .hint("run the same command again: what arrived is kept, and only the rest is sent")
-                .exit_with(EXIT_INTERRUPTED)),
-        };
-        client.close().await;
-        Ok((delivery, delivered?))
+        let delivered = deliver(client, &delivery, |update| display.update(&update)).await?;
+        Ok((delivery, delivered))
     }
 }
 
@@ -267,7 +281,7 @@ impl Display {
         let sha256 = HEXLOWER.encode(sha256);
         let shown = ui::printable_bytes(destination);
         if self.ui.json {
-            self.ui.json_line(&json!({
+            let mut done = json!({
                 "event": "done",
                 "bytes": bytes,
                 "total": bytes,
@@ -275,8 +289,12 @@ impl Display {
                 "path": word(*path),
                 "sha256": sha256,
                 "seconds": seconds,
-                "destination": String::from_utf8_lossy(destination),
-            }))?;
+            });
+            match std::str::from_utf8(destination) {
+                Ok(text) => done["destination"] = text.into(),
+                Err(_) => done["destination_b64"] = BASE64.encode(destination).into(),
+            }
+            self.ui.json_line(&done)?;
         } else {
             let host = match &delivery.to {
                 Place::Here(_) => String::new(),

@@ -242,6 +242,34 @@ pub(crate) fn interrupt(child: &tokio::process::Child) {
     rustix::process::kill_process(pid.expect("it runs"), rustix::process::Signal::INT).expect("a signal");
 }
 
+/// A machine whose daemon is never in the room, and tells when somebody waits for that.
+pub(crate) fn never_joined(asked: Arc<Notify>) -> Machine {
+    Machine::with_daemon(move |call, stream| {
+        let asked = Arc::clone(&asked);
+        Box::pin(async move {
+            if matches!(call, Call::Joined { .. }) {
+                asked.notify_one();
+                return std::future::pending().await;
+            }
+            let _ = introduce(&[], call, stream).await;
+        })
+    })
+}
+
+#[tokio::test]
+async fn ctrl_c_while_the_room_is_not_joined_ends_it_with_an_event() {
+    let asked = Arc::new(Notify::new());
+    let machine = never_joined(Arc::clone(&asked));
+    let child = machine.command(["exec", "web-1", "--json", "--", "x"]).spawn().expect("peer runs");
+    asked.notified().await;
+    interrupt(&child);
+    let said = Said::of(child.wait_with_output().await.expect("it ends"));
+    assert_eq!(said.failed(130).part("error"), Some("interrupted before `web-1` was asked"));
+    let event = said.json().remove(0);
+    assert_eq!((&event["event"], &event["state"]), (&"exit".into(), &"cancelled".into()));
+    assert_eq!(event.get("job"), Some(&serde_json::Value::Null));
+}
+
 #[tokio::test]
 async fn a_refusal_ends_with_125_in_the_hosts_words_and_as_an_event() {
     let refuse = |_| {
@@ -315,7 +343,8 @@ async fn a_host_to_which_a_link_stands_directly_is_asked_without_waiting_for_the
         })
     });
     for name in ["web-1", &host(1, "").peer.to_string()[..8]] {
-        let said = machine.run(["exec", name, "--", "x"]).await;
+        let running = machine.run(["exec", name, "--", "x"]);
+        let said = tokio::time::timeout(client::JOIN_WAIT, running).await.expect("it waits for nothing");
         assert_eq!((said.code, said.text()), (Some(0), "here\n"), "{said:?}");
     }
 }
@@ -386,4 +415,36 @@ async fn a_log_is_read_to_where_it_ends_now_and_owned_by_nobody() {
     let job = request_id(host(1, "").instance);
     let said = machine.peer(&format!("logs web-1 {job}")).await;
     assert_eq!((said.code, said.text()), (Some(0), "so far\n"), "{said:?}");
+}
+
+#[tokio::test]
+async fn reading_the_log_of_a_job_that_did_not_start_goes_well_and_says_why_it_did_not() {
+    let why = || Failure::new(FailureKind::NotFound, "there is no program x", "look at its spelling");
+    let machine = machine(
+        move |request| {
+            assert_eq!(request, Request::Jobs);
+            Ok(Outcome::Jobs(vec![JobSummary {
+                job: request_id(host(1, "").instance).into(),
+                caller: crate::machine::me().peer,
+                command: "x".to_owned(),
+                started_unix_ms: 1,
+                end: Some(end(EndState::SpawnFailed(why()))),
+                stdout_bytes: 0,
+                stderr_bytes: 0,
+            }]))
+        },
+        move |attach, mut stream| {
+            Box::pin(async move {
+                attached(&mut stream, &attach, 0).await;
+                say(&mut stream, FromHost::End(end(EndState::SpawnFailed(why())))).await;
+            })
+        },
+    );
+    let job = request_id(host(1, "").instance).to_string();
+    let said = machine.run(["logs", "web-1", &job, "--json"]).await;
+    let event = said.json().remove(0);
+    assert_eq!((said.code, &event["state"]), (Some(0), &"spawn_failed".into()), "{said:?}");
+    assert!(event["error"].as_str().is_some_and(|error| error.contains("no program x")), "{event}");
+    let listed = machine.peer("jobs web-1 --json").await.json().remove(0);
+    assert_eq!(listed[0]["error"], "there is no program x");
 }

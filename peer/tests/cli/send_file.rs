@@ -9,6 +9,7 @@ use std::{
 };
 
 use peerfleet_peer::{
+    client::JOIN_WAIT,
     daemon::call::{Call, Reply},
     mesh::Stream,
 };
@@ -17,7 +18,9 @@ use peerfleet_proto::{
     request::{Failure, FailureKind, Outcome, Request, link::Route, transfer::*},
 };
 
-use crate::machine::{Machine, answer, host, introduce, me};
+use tokio::sync::Notify;
+
+use crate::machine::{Machine, Said, answer, host, introduce, me};
 
 fn offered() -> Outcome {
     let file = FileInfo { name: b"f".to_vec(), size: 100, mode: 0o644, mtime_s: 0, mtime_ns: 0 };
@@ -108,6 +111,32 @@ async fn from_host_to_host_neither_end_is_here() {
     for field in ["bytes", "total", "seconds"] {
         assert!(event[field].is_number(), "{field} in {event}");
     }
+}
+
+#[tokio::test]
+async fn a_destination_that_is_no_text_is_told_byte_by_byte() {
+    let machine = machine(
+        |_| {},
+        |_| {
+            let Progress::Done { bytes, resumed, sha256, path, .. } = done(0) else { unreachable!("it is done") };
+            vec![Progress::Done { bytes, resumed, sha256, path, destination: b"/srv/\xff".to_vec() }]
+        },
+    );
+    let event = machine.peer("send-file web-1:/a db-1: --json").await.json().pop().expect("an event");
+    assert_eq!((&event["destination_b64"], event.get("destination")), (&"L3Nydi//".into(), None), "{event}");
+}
+
+#[tokio::test]
+async fn ctrl_c_while_the_room_is_not_joined_ends_it_at_once() {
+    let asked = Arc::new(Notify::new());
+    let machine = crate::exec::never_joined(Arc::clone(&asked));
+    let child = machine.command(["send-file", "web-1:/a", ".", "--json"]).spawn().expect("peer runs");
+    asked.notified().await;
+    crate::exec::interrupt(&child);
+    let ends = tokio::time::timeout(JOIN_WAIT, child.wait_with_output());
+    let said = Said::of(ends.await.expect("it does not wait for the room").expect("it ends"));
+    assert_eq!(said.failed(130).part("error"), Some("interrupted"));
+    assert_eq!(said.json()[0]["event"], "failed");
 }
 
 #[tokio::test]
