@@ -84,10 +84,10 @@ struct Global {
     /// File whose first line is the room's token [env: PEER_TOKEN_FILE]
     #[arg(long, global = true, value_name = "FILE", help_heading = "Connection")]
     token_file: Option<PathBuf>,
-    /// Folder with this machine's identity and records [env: PEER_STATE_DIR]
+    /// Folder with this machine's identity and records [env: PEER_STATE_DIR] [default: ~/.local/state/peerfleet]
     #[arg(long, global = true, value_name = "DIR", help_heading = "Connection")]
     state_dir: Option<PathBuf>,
-    /// Configuration file [env: PEER_CONFIG]
+    /// Configuration file [env: PEER_CONFIG] [default: ~/.config/peerfleet/config.toml]
     #[arg(long, global = true, value_name = "FILE", help_heading = "Connection")]
     config: Option<PathBuf>,
     /// Print data as JSON

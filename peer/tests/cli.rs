@@ -263,6 +263,45 @@ async fn completions_know_every_command() {
 }
 
 #[tokio::test]
+async fn completions_load_in_their_shells_and_offer_commands() {
+    let machine = Machine::new();
+    let zsh = "autoload -U compinit; compinit -u -d dump; source peer.zsh && print $_comps[peer]";
+    for (shell, load, offers) in [
+        (
+            "bash",
+            "source peer.bash; COMP_WORDS=(peer sen) COMP_CWORD=1; _peer peer sen peer; echo $COMPREPLY",
+            "send-file",
+        ),
+        ("zsh", zsh, "_peer"),
+        ("fish", "source peer.fish; complete -C 'peer sen'", "send-file"),
+    ] {
+        if std::process::Command::new(shell).arg("--version").output().is_err() {
+            skip(&format!("completions of {shell} were not loaded: it is not installed"));
+            continue;
+        }
+        let script = machine.peer(&format!("completions {shell}")).await.stdout;
+        fs::write(machine.home().join(format!("peer.{shell}")), script).expect("a file");
+        let bare: &[&str] = match shell {
+            "bash" => &["--norc", "-c"],
+            "zsh" => &["-f", "-c"],
+            _ => &["--no-config", "-c"],
+        };
+        let mut command = tokio::process::Command::new(shell);
+        command.args(bare).arg(load).current_dir(machine.home()).env("HOME", machine.home());
+        let said = machine::Said::of(command.output().await.expect("it runs"));
+        assert_eq!((said.code, said.stderr.as_str()), (Some(0), ""), "{shell}: {said:?}");
+        assert!(said.text().contains(offers), "{shell}: {said:?}");
+    }
+}
+
+/// Says loudly that something was skipped, or fails where that is an error: in continuous integration.
+#[expect(clippy::print_stderr, reason = "who reads a skipped run has nothing else")]
+fn skip(why: &str) {
+    assert!(std::env::var_os("PEERFLEET_REQUIRE_ALL").is_none(), "PEERFLEET_REQUIRE_ALL is set, but: {why}");
+    eprintln!("SKIPPED: {why}");
+}
+
+#[tokio::test]
 async fn output_that_nobody_reads_ends_the_command_without_a_word() {
     let machine = Machine::new();
     let mut child = machine.command(["completions", "bash"]).spawn().expect("peer runs");

@@ -45,7 +45,7 @@ impl Cancel {
         if context.ui.json {
             context.ui.json_line(&json!({ "job": job.to_string(), "cancelled": true }))?;
         } else {
-            context.ui.note(&format!("job {job} on `{}` was told to end", host.name()));
+            context.ui.note(&format!("job {job} on `{}` has ended", host.name()));
         }
         Ok(0)
     }

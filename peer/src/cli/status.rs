@@ -9,6 +9,7 @@ use serde_json::json;
 use super::context::Context;
 use crate::{
     client::{Client, JOIN_WAIT},
+    config::Layer,
     failure::Result,
     machine::{Host, Status as Standing},
     mesh::UplinkState,
@@ -37,7 +38,11 @@ impl Status {
             (UplinkState::Joining, true) => client.joined(Duration::ZERO).await?.err(),
             (UplinkState::Joining, false) => client.joined(JOIN_WAIT).await?.err(),
         };
-        let standing = client.status().await?;
+        let mut standing = client.status().await?;
+        if !client.is_daemon() {
+            // This command alone lets others do nothing; what counts is what a peer that runs here will let them do.
+            standing.mode = context.config(Layer::default())?.mode.value;
+        }
         let hosts = client.hosts_now().await?;
         if context.ui.json {
             context.ui.json_line(&as_json(&client, &standing, &hosts))?;
