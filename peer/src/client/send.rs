@@ -26,6 +26,10 @@ use crate::{
 /// Time for the source to look at a file and offer it.
 const OFFER_DEADLINE: Duration = Duration::from_secs(30);
 
+/// Time between two looks at whether the source's peer is still the process that offered the file: some milliseconds'
+/// work for a daemon that knows a thousand hosts.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
 /// One end of a transfer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
@@ -153,7 +157,24 @@ async fn attempt(
     let spec =
         ReceiveSpec { ticket, file, source, source_instance, destination: delivery.to.path(), path: delivery.path };
     let stream = receiving(client, &delivery.to, receiver_instance, spec, delivery.path.route()).await?;
-    watch(stream, delivery, total, on).await
+    tokio::select! {
+        watched = watch(stream, delivery, total, on) => watched,
+        failure = started_anew(client, &delivery.from, source_instance) => Err(Setback::Lost(failure)),
+    }
+}
+
+/// Ends when the source's peer is another process than the one that offered the file. The receiver cannot know that, and
+/// would wait for the old one.
+async fn started_anew(client: &Client, from: &Place, offered_by: InstanceId) -> Failure {
+    let Place::There { host, .. } = from else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        if client.instance_of(host).await.is_some_and(|now| now != offered_by) {
+            return Failure::unreachable(format!("lost the file's source on `{}`", host.name()))
+                .cause("its peer was started anew")
+                .hint("run the same command again: what arrived is kept, and only the rest is sent");
+        }
+    }
 }
 
 async fn end(client: &Client, place: &Place, me: PeerId, my_instance: InstanceId) -> (PeerId, InstanceId) {

@@ -5,6 +5,7 @@ use std::{
     io::BufReader,
     path::{Path, PathBuf},
     process::ChildStdout,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -88,6 +89,32 @@ fn kill_9_at_random_points_of_a_transfer() {
         assert_whole_or_absent(&target, &hash);
         assert_nothing_but_the_target(&receiver);
     }
+}
+
+#[test]
+fn a_source_that_was_killed_in_a_transfer_between_others_is_asked_anew_once_it_is_back() {
+    let content = Dice(0x5eed_0003).bytes(SIZE as usize);
+    let hash = digest(&content);
+    let room = Room::start();
+    let caller = room.peer("caller", &[]);
+    let mut source = room.peer("source", &[]);
+    let receiver = room.peer("receiver", &["--mode", "edit"]);
+    fs::write(source.home.join("file"), content).unwrap();
+    let target = receiver.home.join("target");
+    caller.sees(&["source", "receiver"]);
+    let (from, to) =
+        (format!("source:{}", source.home.join("file").display()), format!("receiver:{}", target.display()));
+    let (mut running, mut events) = caller.spawn(&["send-file", "--json", &from, &to]);
+    while next_event(&mut events).unwrap()["bytes"].as_u64().unwrap() < 32 * MIB {}
+    source.kill();
+    source.start();
+    let back = Instant::now();
+    let done = std::iter::from_fn(|| next_event(&mut events)).last().unwrap();
+    assert_done(&done, &hash);
+    assert!(running.0.wait().unwrap().success() && done["resumed"].as_u64().unwrap() > 0, "{done}");
+    // The receiver alone would wait a minute for the process that offered the file.
+    assert!(back.elapsed() < Duration::from_secs(45), "{:?}", back.elapsed());
+    assert_whole_or_absent(&target, &hash);
 }
 
 #[test]
