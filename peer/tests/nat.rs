@@ -21,6 +21,8 @@ mod cable;
 mod echo;
 #[path = "nat/filtering.rs"]
 mod filtering;
+#[path = "nat/hard.rs"]
+mod hard;
 #[path = "nat/lab.rs"]
 mod lab;
 #[path = "nat/life.rs"]

@@ -179,11 +179,16 @@ impl Lab {
 
     /// A host at a site, with the peer running on it.
     pub(super) fn host(&self, site: &Site, name: &str) -> Peer {
+        self.host_with(site, name, &[])
+    }
+
+    /// A host whose peer runs with these flags too.
+    pub(super) fn host_with(&self, site: &Site, name: &str, flags: &[&str]) -> Peer {
         let device = self.net.add_device(name).iface("eth0", site.router.id());
         let device = self.wait(device.build()).expect("a host");
         settle(&device);
         let relay = self.relay_as_seen_from(site.kind);
-        Peer::start(device, name, &self.scratch.path().join(name), relay, &self.token)
+        Peer::start(device, &self.scratch.path().join(name), relay, &self.token, flags)
     }
 
     /// Lets no UDP through this site's router any more, not that of flows that stand either.

@@ -131,11 +131,14 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn start(device: Device, name: &str, home: &Path, relay: SocketAddr, token: &str) -> Self {
+    /// Starts it; the host is called as the folder of its home is.
+    pub(super) fn start(device: Device, home: &Path, relay: SocketAddr, token: &str, flags: &[&str]) -> Self {
+        let name = home.file_name().and_then(|name| name.to_str()).expect("it is named");
         fs::create_dir(home).expect("a home");
         let log = fs::File::create(home.join("log")).expect("a log");
         let mut command = mortal(Path::new(PEER));
         command.args(["run", "--relay", &format!("ws://{relay}"), "--room", "lab", "--name", name, "--mode", "bypass"]);
+        command.args(flags);
         command.env_clear().env("PATH", PROGRAMS).env("HOME", home);
         command.env("PEER_TOKEN", token).env("PEER_LOG", "peerfleet_peer=debug");
         command.current_dir(home).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
@@ -203,7 +206,7 @@ impl Peer {
     fn said<T>(&self, from: SystemTime, interest: impl Fn(&str) -> Option<T>) -> Vec<(Duration, T)> {
         const DAY: f64 = 86_400.0;
         let begin = from.duration_since(UNIX_EPOCH).expect("it is after 1970").as_secs_f64() % DAY;
-        let log = fs::read_to_string(self.log()).expect("a log");
+        let log = self.log();
         let found = log.lines().filter_map(|line| Some((line, interest(line)?)));
         let since = found.map(|(line, what)| ((seconds_of_day(line) - begin).rem_euclid(DAY), what));
         // What was before lies almost a day ahead.
@@ -262,7 +265,12 @@ impl Peer {
         &self.device
     }
 
-    fn log(&self) -> PathBuf {
+    /// What the peer said so far.
+    pub(super) fn log(&self) -> String {
+        fs::read_to_string(self.log_file()).expect("a log")
+    }
+
+    fn log_file(&self) -> PathBuf {
         self.home.join("log")
     }
 
@@ -286,7 +294,7 @@ impl Drop for Peer {
         let _gone_already = self.daemon.kill();
         let _gone_already = self.daemon.wait();
         if thread::panicking() {
-            show_tail(&self.name, &self.log());
+            show_tail(&self.name, &self.log_file());
         }
     }
 }
