@@ -4,37 +4,26 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, OnceLock},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use peerfleet_peer::{
-    mesh::{BoxFuture, Caller, DialConfig, Mesh, MeshConfig, NotJoined, PathConfig, Proxy, Serve, Stream},
-    random::SystemRandom,
-};
-use peerfleet_proto::{
-    id::RequestId,
-    presence::{Epoch, Mode, Presence, Service},
-    request::{Outcome, Request, link::Route},
-    token::{RoomKeys, Token},
-};
+use peerfleet_peer::mesh::{DialConfig, Mesh, MeshConfig, NotJoined, Proxy};
+use peerfleet_proto::request::{Outcome, Request, link::Route};
 use peerfleet_relay::{Config, Handle, Relay};
 use tokio::{task::JoinHandle, time::timeout};
-use x25519_dalek::StaticSecret;
 
 #[path = "dial/authority.rs"]
 mod authority;
+mod common;
 #[path = "dial/programs.rs"]
 mod programs;
 #[path = "dial/server.rs"]
 mod server;
 
 use authority::{Authority, Span, self_signed};
+use common::{DEADLINE, Echo, echo};
 use server::{Manner, Server};
-
-/// Longest that anything here may take.
-const DEADLINE: Duration = Duration::from_secs(60);
 
 /// What a peer may spend on one try, with some seconds for a machine that is busy.
 const TRY: Duration = Duration::from_secs(20);
@@ -121,7 +110,7 @@ async fn bulk_passes_whole_through_tls_within_tls() {
     let opening = one.open(other.me().instance, Request::Ping, Route::RelayedOnly);
     let (outcome, stream) = timeout(DEADLINE, opening).await.unwrap().unwrap();
     assert_eq!(outcome, Outcome::Done);
-    timeout(DEADLINE, echo(stream, 8 << 20)).await.unwrap();
+    timeout(DEADLINE, echo(stream, 8 << 20, async |_| {})).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -323,27 +312,7 @@ fn named(proxy: &str) -> Proxy {
 }
 
 fn mesh(url: &str, dial: DialConfig) -> Mesh {
-    static KEYS: OnceLock<Arc<RoomKeys>> = OnceLock::new();
-    let derive = || Arc::new(RoomKeys::derive(&Token::generate(&mut SystemRandom), "tests"));
-    let config = MeshConfig {
-        dial,
-        relay: url.parse().unwrap(),
-        keys: Arc::clone(KEYS.get_or_init(derive)),
-        identity: StaticSecret::from(peerfleet_peer::random::bytes::<32>()),
-        presence: Presence {
-            name: "host".into(),
-            tags: vec![],
-            os: "linux".into(),
-            arch: "x86_64".into(),
-            version: "0".into(),
-            mode: Mode::Plan,
-            services: vec![Service::Exec],
-            epoch: Epoch([0; 16]),
-        },
-        udp: true,
-        paths: PathConfig::default(),
-    };
-    Mesh::start(config, Arc::new(Echo))
+    Mesh::start(MeshConfig { dial, ..common::config(url) }, Arc::new(Echo))
 }
 
 /// A relay in this process.
@@ -364,44 +333,4 @@ impl Drop for TestRelay {
     fn drop(&mut self) {
         self.running.abort();
     }
-}
-
-/// Says "done" to everything, and sends back what comes.
-struct Echo;
-
-impl Serve for Echo {
-    fn ask(&self, _: Caller, _: RequestId, _: Request) -> BoxFuture<Outcome> {
-        Box::pin(async { Outcome::Done })
-    }
-
-    fn stream(&self, _: Caller, _: Request, mut stream: Stream) -> BoxFuture<()> {
-        Box::pin(async move {
-            stream.send.write_frame(&Outcome::Done).await.unwrap();
-            while let Ok(Some(chunk)) = stream.recv.read_chunk(64 * 1024).await {
-                if stream.send.write_chunk(chunk).await.is_err() {
-                    return;
-                }
-            }
-            // The other side may have gone already.
-            let _ = stream.send.finish().await;
-        })
-    }
-}
-
-/// Sends bytes and reads them back.
-async fn echo(stream: Stream, len: usize) {
-    let Stream { mut send, mut recv } = stream;
-    let sent: Bytes = (0..len).map(|at| u8::try_from(at % 251).unwrap()).collect();
-    let whole = sent.clone();
-    let sending = tokio::spawn(async move {
-        send.write_chunk(whole).await.unwrap();
-        send.finish().await.unwrap();
-        send
-    });
-    let mut got = Vec::with_capacity(len);
-    while let Some(chunk) = recv.read_chunk(1 << 20).await.unwrap() {
-        got.extend(chunk);
-    }
-    assert!(got == sent, "bytes changed");
-    sending.await.unwrap();
 }

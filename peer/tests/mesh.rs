@@ -2,32 +2,22 @@
 
 #![expect(clippy::unwrap_used, reason = "what fails here fails the test")]
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use peerfleet_peer::{
-    mesh::{
-        AskFault, AskProgress, BoxFuture, Caller, DialConfig, Mesh, MeshConfig, PathConfig, Roster, Serve, Stream,
-        UplinkState,
-    },
-    random::SystemRandom,
-};
+use peerfleet_peer::mesh::{AskFault, AskProgress, Mesh, MeshConfig, Roster, Stream, UplinkState};
 use peerfleet_proto::{
-    id::{InstanceId, RequestId},
-    presence::{Epoch, Mode, Presence, Service},
-    request::{Failure, FailureKind, Outcome, Request, link::Route, transfer::PathNow},
-    token::{RoomKeys, Token},
+    id::InstanceId,
+    presence::{Mode, Presence},
+    request::{FailureKind, Outcome, Request, link::Route, transfer::PathNow},
 };
 use peerfleet_relay::{Config, Relay};
 use tokio::{task::JoinHandle, time::timeout};
 use x25519_dalek::StaticSecret;
 
-/// Longest that anything here may take.
-const DEADLINE: Duration = Duration::from_secs(60);
+mod common;
+
+use common::{DEADLINE, Echo, echo};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_ask_is_answered_by_whom_it_was_meant_for() {
@@ -240,37 +230,6 @@ async fn whoever_cannot_join_is_told_why() {
 }
 
 /// Says "done" to pings, refuses everything else, and echoes streams.
-struct Echo;
-
-impl Serve for Echo {
-    fn ask(&self, _caller: Caller, _id: RequestId, request: Request) -> BoxFuture<Outcome> {
-        Box::pin(async move {
-            if request == Request::Ping {
-                return Outcome::Done;
-            }
-            Outcome::Failed(Failure::new(FailureKind::Refused, "only pings are answered", "ping"))
-        })
-    }
-
-    fn stream(&self, _caller: Caller, _request: Request, mut stream: Stream) -> BoxFuture<()> {
-        Box::pin(async move {
-            stream.send.write_frame(&Outcome::Done).await.unwrap();
-            loop {
-                match stream.recv.read_chunk(64 * 1024).await {
-                    Ok(Some(chunk)) => {
-                        if stream.send.write_chunk(chunk).await.is_err() {
-                            return;
-                        }
-                    }
-                    // The caller may be gone by now.
-                    Ok(None) => return drop(stream.send.finish().await),
-                    Err(_) => return,
-                }
-            }
-        })
-    }
-}
-
 struct TestRelay {
     address: SocketAddr,
     running: JoinHandle<()>,
@@ -311,35 +270,10 @@ impl TestRelay {
     }
 
     fn mesh_with(&self, seed: u8, udp: bool) -> Mesh {
-        let config = MeshConfig {
-            dial: DialConfig::default(),
-            relay: format!("ws://{}", self.address).parse().unwrap(),
-            keys: keys(),
-            identity: StaticSecret::from([seed; 32]),
-            presence: presence(&format!("host-{seed}")),
-            udp,
-            paths: PathConfig::default(),
-        };
+        let config = common::config(&format!("ws://{}", self.address));
+        let presence = Presence { name: format!("host-{seed}"), ..config.presence };
+        let config = MeshConfig { identity: StaticSecret::from([seed; 32]), presence, udp, ..config };
         Mesh::start(config, Arc::new(Echo))
-    }
-}
-
-fn keys() -> Arc<RoomKeys> {
-    static KEYS: OnceLock<Arc<RoomKeys>> = OnceLock::new();
-    let derive = || Arc::new(RoomKeys::derive(&Token::generate(&mut SystemRandom), "tests"));
-    Arc::clone(KEYS.get_or_init(derive))
-}
-
-fn presence(name: &str) -> Presence {
-    Presence {
-        name: name.into(),
-        tags: vec![],
-        os: "linux".into(),
-        arch: "x86_64".into(),
-        version: "0".into(),
-        mode: Mode::Plan,
-        services: vec![Service::Exec],
-        epoch: Epoch([0; 16]),
     }
 }
 
@@ -367,31 +301,4 @@ async fn open(mesh: &Mesh, to: &Mesh, route: Route) -> Stream {
     let (outcome, stream) = timeout(DEADLINE, opening).await.unwrap().unwrap();
     assert_eq!(outcome, Outcome::Done);
     stream
-}
-
-fn pattern(from: usize, len: usize) -> Bytes {
-    (from..from + len).map(|at| u8::try_from(at % 251).unwrap()).collect()
-}
-
-/// Sends `bytes` and reads them back; calls `at` with how many came back so far.
-async fn echo(stream: Stream, bytes: usize, mut at: impl AsyncFnMut(usize)) {
-    let Stream { mut send, mut recv } = stream;
-    let sending = tokio::spawn(async move {
-        let mut sent = 0;
-        while sent < bytes {
-            let len = (bytes - sent).min(64 * 1024);
-            send.write_chunk(pattern(sent, len)).await.unwrap();
-            sent += len;
-        }
-        send.finish().await.unwrap();
-        send
-    });
-    let mut got = 0;
-    while let Some(chunk) = timeout(DEADLINE, recv.read_chunk(1 << 20)).await.unwrap().unwrap() {
-        assert!(pattern(got, chunk.len()) == chunk, "a byte changed near {got}");
-        got += chunk.len();
-        at(got).await;
-    }
-    assert_eq!(got, bytes);
-    sending.await.unwrap();
 }
