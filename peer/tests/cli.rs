@@ -72,6 +72,15 @@ async fn a_wrong_command_line_ends_with_2_and_leads_to_the_help() {
 }
 
 #[tokio::test]
+async fn a_command_without_the_dashes_before_it_is_told_of_them() {
+    let machine = Machine::new();
+    for line in ["exec web-1 uname -a", "fleet exec --target all uptime"] {
+        let said = machine.peer(line).await;
+        assert!(said.failed(2).part("hint").is_some_and(|hint| hint.starts_with("put `--` in front of")), "{said:?}");
+    }
+}
+
+#[tokio::test]
 async fn without_token_and_daemon_the_way_in_is_told() {
     let machine = Machine::new();
     for (line, code) in [("ls", 1), ("status", 1), ("run", 1), ("jobs h", 1), ("exec h -- true", 125)] {

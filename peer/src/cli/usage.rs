@@ -51,6 +51,9 @@ fn translate(rendered: &str, command: &str) -> Failure {
         None => failure,
     };
     let help = format!("`{command} --help` shows examples");
+    // The most frequent slip: what is to run follows the host at once.
+    let runs = command.ends_with(" exec") && what.starts_with("unexpected argument");
+    let help = if runs { format!("put `--` in front of what is to run; {help}") } else { help };
     failure.hint(match tips {
         Some(tips) => {
             let tips: Vec<&str> = tips.split("tip: ").map(str::trim).collect();
