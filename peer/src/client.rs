@@ -50,6 +50,24 @@ pub enum Client {
     Own(Arc<Machine>),
 }
 
+/// The hosts of the room, as far as this machine knows them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// The hosts.
+    pub hosts: Vec<Host>,
+    /// Why there may be more: the room is not joined, and only hosts with a standing link are known.
+    pub partly: Option<NotJoined>,
+}
+
+impl Known {
+    /// What a person is told of that.
+    pub fn warning(&self) -> Option<String> {
+        let why = self.partly.as_ref()?;
+        let hint = why.hint.as_ref().map(|hint| format!("; {hint}")).unwrap_or_default();
+        Some(format!("only hosts with a direct link are known, as the room is not joined: {why}{hint}"))
+    }
+}
+
 impl Client {
     /// Joins the room by an instance of this process.
     ///
@@ -90,7 +108,7 @@ impl Client {
     ///
     /// # Errors
     /// If the room is not joined in time and no host is known, or the daemon cannot be asked.
-    pub async fn hosts(&self) -> Result<Vec<Host>> {
+    pub async fn hosts(&self) -> Result<Known> {
         let nobody = |hosts: &[Host]| hosts.iter().all(|host| host.here);
         let wait = if nobody(&self.hosts_now().await?) { JOIN_WAIT } else { KNOWN_WAIT };
         let joined = self.joined(wait).await?;
@@ -104,7 +122,7 @@ impl Client {
                     }))
                     .cause(why))
             }
-            Ok(()) | Err(_) => Ok(hosts),
+            joined => Ok(Known { hosts, partly: joined.err() }),
         }
     }
 
@@ -128,11 +146,12 @@ impl Client {
         if let Some(host) = directly_linked(text, self.hosts_now().await?) {
             return Ok(host);
         }
-        let hosts = self.hosts().await?;
+        let Known { hosts, partly } = self.hosts().await?;
         let facts: Vec<HostFacts<'_>> = hosts.iter().map(facts).collect();
-        match resolve_host(text, &facts) {
-            Ok(index) => Ok(hosts[index].clone()),
-            Err(fault) => {
+        match (resolve_host(text, &facts), partly) {
+            (Ok(index), _) => Ok(hosts[index].clone()),
+            (Err(HostFault::Unknown { .. }), Some(why)) => Err(not_linked(text, &why)),
+            (Err(fault), _) => {
                 let status = self.status().await?;
                 Err(unknown_host(text, &hosts, &fault, &status))
             }
@@ -313,6 +332,15 @@ fn each_once(hosts: Vec<Host>) -> Vec<Host> {
         }
     }
     kept
+}
+
+/// Whether there is such a host is not known without the relay.
+fn not_linked(text: &str, why: &NotJoined) -> Failure {
+    Failure::unreachable(format!("cannot reach `{text}`"))
+        .cause(format!("no direct link to a host of that name stands, and the room is not joined: {why}"))
+        .hint(
+            why.hint.clone().unwrap_or_else(|| "`peer status` tells how the connection to the relay stands".to_owned()),
+        )
 }
 
 fn unknown_host(text: &str, hosts: &[Host], fault: &HostFault, status: &Status) -> Failure {

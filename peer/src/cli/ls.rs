@@ -59,7 +59,9 @@ struct Line<'a> {
 impl Ls {
     pub(super) async fn run(self, context: &Context) -> Result<u8> {
         let client = context.client().await?;
-        let hosts = fleet::choose(client.hosts().await?, &self.target);
+        let known = client.hosts().await?;
+        let partly = known.warning();
+        let hosts = fleet::choose(known.hosts, &self.target);
         let rtts = round_trips(&client, &hosts).await;
         client.close().await;
         if context.ui.json {
@@ -77,6 +79,9 @@ impl Ls {
                 let text = format!("{silent} did not answer within {} s", PING_DEADLINE.as_secs());
                 context.ui.note(&context.ui.paint_err(Paint::Yellow, &text));
             }
+        }
+        if let Some(why) = partly {
+            context.ui.warn(&why);
         }
         Ok(0)
     }

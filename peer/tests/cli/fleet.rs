@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use peerfleet_peer::{
     daemon::call::{Call, Reply},
     machine::Host,
-    mesh::{AskFault, AskProgress},
+    mesh::{AskFault, AskProgress, NotJoined},
 };
 use peerfleet_proto::{
     id::InstanceId,
@@ -203,4 +203,33 @@ async fn ctrl_c_keeps_what_came_cancels_the_rest_and_names_it() {
     assert_eq!(said.code, Some(1));
     let asked = asked.lock().expect("not poisoned");
     assert_eq!(asked.iter().filter(|request| matches!(request, Request::Cancel(_))).count(), 2, "{asked:?}");
+}
+
+#[tokio::test]
+async fn without_the_relay_it_is_said_that_hosts_may_be_missing() {
+    let machine = Machine::with_daemon(|call, mut stream| {
+        Box::pin(async move {
+            if matches!(call, Call::Joined { .. }) {
+                let why =
+                    NotJoined { cause: "nobody listens there".to_owned(), hint: Some("is it running?".to_owned()) };
+                let _ = stream.send.write_frame(&Reply::Joined(Err(why))).await;
+                return;
+            }
+            let hosts = [host(1, "web-1"), host(2, "web-2")];
+            let Some((Call::AskMany { to, .. }, mut stream)) = introduce(&hosts, call, stream).await else { return };
+            for instance in to {
+                answer(&mut stream, instance, Ok(ended(instance, 0, b"", b""))).await;
+            }
+        })
+    });
+    let said = machine.peer("fleet exec --target all --json -- x").await;
+    let summary = said.json().pop().expect("a summary");
+    assert_eq!((said.code, &summary["summary"]["complete"]), (Some(0), &false.into()), "{said:?}");
+    for said in [said, machine.peer("ls").await] {
+        let warned = said.part("warning").expect("a warning");
+        assert!(warned.contains("nobody listens there; is it running?"), "{said:?}");
+    }
+    let said = machine.peer("jobs db-1").await;
+    assert!(said.failed(3).part("cause").is_some_and(|cause| cause.contains("nobody listens there")), "{said:?}");
+    assert_eq!(said.part("hint"), Some("is it running?"));
 }

@@ -74,18 +74,21 @@ impl Exec {
     pub(super) async fn run(self, context: &Context) -> Result<u8> {
         let spec = self.order.spec(&self.command, Follow::Collected)?;
         let client = context.client().await?;
-        let hosts = client.hosts().await?;
-        let known = hosts.len();
-        let chosen = fleet::choose(hosts, &self.target);
+        let room = client.hosts().await?;
+        if let Some(why) = room.warning() {
+            context.ui.warn(&why);
+        }
+        let (known, complete) = (room.hosts.len(), room.partly.is_none());
+        let chosen = fleet::choose(room.hosts, &self.target);
         if chosen.is_empty() {
             if context.ui.json {
-                Printer::new(context.ui, &chosen, false).finish()?;
+                Printer::new(context.ui, &chosen, complete, false).finish()?;
             }
             return Err(nobody(&self.target, known));
         }
         let (timeout, concurrency) = (self.timeout.0, usize::from(self.concurrency));
         let order = Order { spec, concurrency, timeout, fail_fast: self.fail_fast };
-        let mut printer = Printer::new(context.ui, &chosen, self.fold);
+        let mut printer = Printer::new(context.ui, &chosen, complete, self.fold);
         let stop = signals::stopped()?;
         fleet::run(&client, chosen, &order, stop, |report| printer.report(report)).await;
         client.close().await;
@@ -100,6 +103,8 @@ struct Printer {
     fold: Option<fold::Groups>,
     states: BTreeMap<&'static str, usize>,
     bad: BTreeMap<State, Vec<String>>,
+    /// Whether all hosts of the room were known.
+    complete: bool,
     total: usize,
     good: usize,
     since: Instant,
@@ -107,7 +112,7 @@ struct Printer {
 }
 
 impl Printer {
-    fn new(ui: Ui, hosts: &[Host], fold: bool) -> Self {
+    fn new(ui: Ui, hosts: &[Host], complete: bool, fold: bool) -> Self {
         let total = hosts.len();
         let width = hosts.iter().map(|host| host.name().len()).max().unwrap_or(0);
         let bar = if ui.shows_progress() { bar(total) } else { ProgressBar::hidden() };
@@ -119,6 +124,7 @@ impl Printer {
             fold,
             states: BTreeMap::new(),
             bad: BTreeMap::new(),
+            complete,
             total,
             good: 0,
             since: Instant::now(),
@@ -167,6 +173,7 @@ impl Printer {
                 "failed": self.total - self.good,
                 "states": self.states,
                 "duration_ms": millis(took),
+                "complete": self.complete,
             }}))?;
         } else {
             self.ui.note(&summary(self.total, self.good, &self.bad, took));
