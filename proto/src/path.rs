@@ -110,6 +110,9 @@ pub struct Direct {
 pub enum Event {
     /// Packets should now be sent there, or by way of the relay.
     PathChanged(Option<Direct>),
+    /// The path taken is in doubt, or no longer: packets should be sent there and, while it is in doubt, by way of the relay as
+    /// well. A path is taken without doubt.
+    Doubted(bool),
 }
 
 /// What became of a datagram.
@@ -165,6 +168,8 @@ pub struct Agent {
     // What the caller has not fetched.
     outbox: VecDeque<Transmit>,
     changed: bool,
+    /// The caller knows that the path taken is in doubt.
+    doubt_told: bool,
     began: Instant,
     now: Instant,
 }
@@ -206,6 +211,7 @@ impl Agent {
             is_metered: false,
             outbox: VecDeque::new(),
             changed: false,
+            doubt_told: false,
             began: now,
             now,
         }
@@ -291,8 +297,13 @@ impl Agent {
 
     /// Data that was sent on the direct path was acknowledged, under keys that nobody else has: this proves it as an answered
     /// check does.
+    /// While the path is in doubt it may have been acknowledged for what travelled by way of the relay, and proves nothing.
     pub fn on_delivered(&mut self, now: Instant) {
+        let is_doubted = self.is_doubted() || self.doubt_told;
         if let State::Direct { current, .. } = &mut self.state {
+            if is_doubted {
+                return current.on_delivered_somehow();
+            }
             let idle = current.on_delivered(now);
             if let Some(pair) = self.pairs.get_mut(&current.addr) {
                 pair.carried_data(now.saturating_duration_since(current.taken_at()));
@@ -302,8 +313,8 @@ impl Agent {
         self.drive(now);
     }
 
-    /// Packets came by way of the relay: the other side does not use the direct path. If our checks of it go unanswered too, it
-    /// is left sooner; if they are not due, one is sent now and then, for the other side may not know where we are seen.
+    /// Packets came by way of the relay: the other side does not use the direct path, or doubts it. If a check of ours is unanswered
+    /// too, so do we; if none is due, one is sent now and then, for the other side may not know where we are seen.
     pub fn on_relayed(&mut self, now: Instant) {
         if let State::Direct { current, .. } = &mut self.state {
             current.is_shunned();
@@ -335,6 +346,11 @@ impl Agent {
         Some(Direct { addr, rtt })
     }
 
+    /// Whether packets should go by way of the relay as well ([`Event::Doubted`]).
+    pub fn is_doubted(&self) -> bool {
+        self.doubted_at().is_some_and(|at| at <= self.now)
+    }
+
     /// Whether data was acknowledged on the path taken, as far as anybody said ([`Agent::on_delivered`]).
     pub fn is_delivering(&self) -> bool {
         self.watched().is_some_and(Current::is_delivering)
@@ -347,7 +363,12 @@ impl Agent {
 
     /// What happened. Changes between two calls are told as one.
     pub fn poll_event(&mut self) -> Option<Event> {
-        std::mem::take(&mut self.changed).then(|| Event::PathChanged(self.path()))
+        if std::mem::take(&mut self.changed) {
+            self.doubt_told = false;
+            return Some(Event::PathChanged(self.path()));
+        }
+        let is_doubted = self.is_doubted();
+        (std::mem::replace(&mut self.doubt_told, is_doubted) != is_doubted).then_some(Event::Doubted(is_doubted))
     }
 
     /// When to call [`Agent::handle_timeout`].
@@ -378,7 +399,7 @@ impl Agent {
 
     /// When something other than a check is due.
     fn next_wake(&self) -> Option<Instant> {
-        if self.changed || !self.outbox.is_empty() {
+        if self.changed || !self.outbox.is_empty() || self.is_doubted() != self.doubt_told {
             return Some(self.now);
         }
         match &self.state {
@@ -387,7 +408,8 @@ impl Agent {
                 let rtt = self.pairs.rtt(&current.addr).unwrap_or_default();
                 let interval = self.binding.interval(self.role);
                 let watch = current.next_wake(rtt, interval, self.pairs.is_planned(&current.addr));
-                Some(watch.map_or(*next_upgrade, |watch| watch.min(*next_upgrade)))
+                let doubt = self.doubted_at().filter(|_| !self.doubt_told);
+                [watch, doubt, Some(*next_upgrade)].into_iter().flatten().min()
             }
         }
     }
@@ -431,6 +453,11 @@ impl Agent {
             State::Punching { .. } => None,
             State::Direct { current, .. } => Some(current),
         }
+    }
+
+    fn doubted_at(&self) -> Option<Instant> {
+        let current = self.watched()?;
+        current.doubted_at(self.pairs.rtt(&current.addr)?)
     }
 
     fn current(&self) -> Option<SocketAddr> {

@@ -15,7 +15,7 @@ use peerfleet_proto::{
         ROUND_MAX, ROUND_MIN, Role, Transmit, UPGRADE,
         binding::{KEEP_ALIVE_FIRST, KEEP_ALIVE_LEAST},
         check::{BUDGET, BUDGET_WINDOW, BURST},
-        direct::{GRACE, KEEP_ALIVE, SUSPICION},
+        direct::{GRACE, KEEP_ALIVE, RECHECK, SHORT_GRACE, SUSPICION},
         pair::MAX_PEER_REFLEXIVE,
     },
     stun::{Class, Draft, IntegrityKey, Message, TransactionId},
@@ -231,6 +231,42 @@ fn unanswered_traffic_clears_a_path_within_two_and_a_half_seconds() {
     let began = two.now;
     let lost = two.time_until_lost(|agent, now| agent.on_sent(now));
     assert!(lost - began <= SUSPICION + GRACE + Duration::from_millis(50), "{:?}", lost - began);
+}
+
+#[test]
+fn a_path_beneath_traffic_is_in_doubt_once_a_check_had_its_chance_and_until_one_is_answered() {
+    let mut two = Two::direct();
+    let began = two.now;
+    let doubted = two.time_until(Event::Doubted(true), |agent, now| agent.on_sent(now));
+    assert!(doubted - began <= SUSPICION + Duration::from_millis(50), "{:?}", doubted - began);
+    assert_eq!((two.path(0), two.agents[0].is_doubted()), (Some(addr(THERE)), true));
+    two.check_times(RECHECK);
+    assert_eq!((two.path(0), two.agents[0].is_doubted()), (Some(addr(THERE)), false));
+}
+
+#[test]
+fn what_is_acknowledged_while_a_path_is_in_doubt_keeps_it_no_longer() {
+    let mut two = Two::direct();
+    let began = two.now;
+    let lost = two.time_until_lost(|agent, now| {
+        agent.on_sent(now);
+        agent.on_data_sent(now);
+        if agent.is_doubted() {
+            agent.on_delivered(now);
+        }
+    });
+    assert!(lost - began <= SUSPICION + SHORT_GRACE + Duration::from_millis(50), "{:?}", lost - began);
+}
+
+#[test]
+fn where_the_other_side_sends_by_way_of_the_relay_one_unanswered_check_is_doubt_enough() {
+    let mut two = Two::direct();
+    let began = two.now;
+    let doubted = two.time_until(Event::Doubted(true), |agent, now| {
+        agent.on_sent(now);
+        agent.on_relayed(now);
+    });
+    assert!(doubted - began <= SUSPICION + Duration::from_millis(5), "{:?}", doubted - began);
 }
 
 #[test]
@@ -893,17 +929,22 @@ impl Two {
     }
 
     /// When the first agent gives its path up, if nothing comes any more.
-    fn time_until_lost(&mut self, mut meanwhile: impl FnMut(&mut Agent, Instant)) -> Instant {
+    fn time_until_lost(&mut self, meanwhile: impl FnMut(&mut Agent, Instant)) -> Instant {
+        self.time_until(Event::PathChanged(None), meanwhile)
+    }
+
+    /// When this happens to the first agent, if nothing comes any more.
+    fn time_until(&mut self, event: Event, mut meanwhile: impl FnMut(&mut Agent, Instant)) -> Instant {
         let end = self.now + Duration::from_secs(60);
         while self.now < end {
             meanwhile(&mut self.agents[0], self.now);
             self.drain(0);
-            if self.agents[0].poll_event() == Some(Event::PathChanged(None)) {
+            if self.agents[0].poll_event() == Some(event) {
                 return self.now;
             }
             self.now += Duration::from_millis(1);
             self.agents[0].handle_timeout(self.now);
         }
-        panic!("the path was never lost");
+        panic!("never: {event:?}");
     }
 }

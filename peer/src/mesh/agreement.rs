@@ -307,6 +307,13 @@ impl Book {
         }
     }
 
+    /// A link travels another way besides: it sends at once, and what was lost meanwhile is found out by the answer.
+    pub(super) fn hurry(&self, remote: &Remote) {
+        if let Some(entry) = self.entries.get(&(remote.instance, remote.route)) {
+            entry.connection.iter().for_each(kick);
+        }
+    }
+
     /// The relay gave an instance another slot, or none.
     pub(super) fn set_slot(&mut self, instance: InstanceId, slot: Option<Slot>) {
         for route in [Route::Auto, Route::RelayedOnly] {

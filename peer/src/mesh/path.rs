@@ -64,6 +64,13 @@ pub(super) enum PathEvent {
         /// Directly, or by way of the relay.
         direct: Option<Direct>,
     },
+    /// This link's direct path is in doubt, or no longer: packets travel both ways meanwhile.
+    Doubted {
+        /// Whose.
+        remote: Arc<Remote>,
+        /// Whether it is.
+        is_doubted: bool,
+    },
     /// This machine is in another place of the network, or slept.
     Elsewhere,
     /// Where we might be reached changed: the others should know.
@@ -402,7 +409,18 @@ impl Paths {
         if let Some(link) = self.news.next(now).and_then(|mapped| self.links.get(&mapped)) {
             return Some(PathEvent::Again(Arc::clone(&link.remote), self.whereabouts()));
         }
-        let (mapped, Event::PathChanged(direct)) = self.agents.poll_event()?;
+        let (mapped, event) = self.agents.poll_event()?;
+        match event {
+            Event::PathChanged(direct) => self.path_changed(mapped, direct, now),
+            Event::Doubted(is_doubted) => {
+                let link = self.links.get_mut(&mapped)?;
+                link.evidence.iter_mut().for_each(|evidence| evidence.begin_anew(now));
+                Some(PathEvent::Doubted { remote: Arc::clone(&link.remote), is_doubted })
+            }
+        }
+    }
+
+    fn path_changed(&mut self, mapped: SocketAddr, direct: Option<Direct>, now: Instant) -> Option<PathEvent> {
         self.tell_source(&mapped, now);
         if direct.is_none() {
             self.path_lost(mapped, now);

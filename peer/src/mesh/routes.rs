@@ -68,6 +68,7 @@ pub(super) struct Remote {
     /// Counts acknowledgements of packets that were sent since the last change of path.
     pub(super) delivered: Arc<AtomicU64>,
     heard_relayed: AtomicBool,
+    is_doubted: AtomicBool,
     slot: AtomicU64,
     direct: watch::Sender<Option<SocketAddr>>,
     direct_mtu: AtomicU16,
@@ -97,11 +98,22 @@ impl Remote {
         self.direct.send_if_modified(|direct| {
             let is_other = *direct != address;
             *direct = address;
+            self.is_doubted.store(false, Ordering::Relaxed);
             if is_other {
                 self.path_changes.fetch_add(1, Ordering::Relaxed);
             }
             is_other
         });
+    }
+
+    /// Whether the direct path is in doubt: packets go by way of the relay as well. QUIC drops those that come twice.
+    pub(super) fn is_doubted(&self) -> bool {
+        self.is_doubted.load(Ordering::Relaxed)
+    }
+
+    /// The direct path is in doubt, or no longer.
+    pub(super) fn set_doubted(&self, is_doubted: bool) {
+        self.is_doubted.store(is_doubted, Ordering::Relaxed);
     }
 
     /// Largest packet that a direct path may take.
@@ -237,6 +249,7 @@ impl Routes {
             path_changes: Arc::default(),
             delivered: Arc::default(),
             heard_relayed: AtomicBool::new(false),
+            is_doubted: AtomicBool::new(false),
             slot: AtomicU64::new(NO_SLOT),
             direct: watch::Sender::new(None),
             direct_mtu: AtomicU16::new(0),

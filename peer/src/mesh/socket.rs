@@ -5,6 +5,7 @@
 //! whose they are, and STUN packets and notes of traffic for the path machine.
 //! Never blocks, never ends for an error of the network, and never passes on what came from an unproved source. A link whose
 //! packets the uplink does not take holds them back; one that is direct never waits for the relay.
+//! Where the direct path is in doubt, packets leave both ways.
 //! Bounds: [`RELAY_QUEUE_BYTES`] towards the uplink and [`ARRIVED_BYTES`] from it, oldest dropped first; a link waits
 //! [`RELAY_PATIENCE`] before it looks again whether it has another path.
 
@@ -381,7 +382,10 @@ impl AsyncUdpSocket for MappedSocket {
         };
         let direct = if remote.route == Route::RelayedOnly { None } else { remote.direct() };
         match (direct, &self.udp, remote.slot()) {
-            (Some(to), Some(udp), _) => {
+            (Some(to), Some(udp), slot) => {
+                if let Some(slot) = slot.filter(|_| remote.is_doubted()) {
+                    self.send_relayed(&remote, slot, transmit);
+                }
                 let kept = remote.kept(to);
                 self.send_direct(kept.as_ref().unwrap_or(udp), &remote, to, transmit)?;
             }

@@ -5,7 +5,7 @@
 //! only put off suspicion. Checks that are answered while data is not acknowledged show a path that carries no data.
 //! Quiet (checked when nothing proved it for the interval of its [`Binding`](super::binding)) -> suspected (for [`SUSPICION`] we
 //! send and hear nothing, data is not acknowledged, or what came steadily has stopped) -> unanswered (a check every [`RECHECK`])
-//! -> lost, or quiet again with any proof.
+//! -> lost, or quiet again with any proof. From the first check that had its chance to be answered to either end the path is in doubt.
 //! Bounds: a path that dies beneath traffic is lost 0.9 s later, one that carries no data 1.2 s later, an idle one within
 //! [`KEEP_ALIVE`] and [`GRACE`]; each at round trips up to 0.1 s, above which every wait is a number of them.
 
@@ -88,6 +88,7 @@ pub(super) struct Current {
     data: Data,
     unanswered: Option<Unanswered>,
     hurried: bool,
+    shunned: bool,
     rival: Option<SocketAddr>,
 }
 
@@ -156,6 +157,7 @@ impl Current {
             data: Data::default(),
             unanswered: None,
             hurried: false,
+            shunned: false,
             rival: None,
         }
     }
@@ -183,6 +185,11 @@ impl Current {
         self.proved(now)
     }
 
+    /// Data was acknowledged that may have travelled by way of the relay too: it proves nothing.
+    pub(super) fn on_delivered_somehow(&mut self) {
+        self.data.unacknowledged_since = None;
+    }
+
     fn sent(&mut self, now: Instant) {
         self.idle = self.idle.max(now.saturating_duration_since(self.sent_at));
         self.sent_at = now;
@@ -205,9 +212,9 @@ impl Current {
         self.unanswered.is_none() && self.answered_at + KEEP_ALIVE_LEAST <= now
     }
 
-    /// The other side does not use it; should its checks go unanswered too, that is enough.
+    /// The other side does not use it, or not alone; should a check be unanswered too, it is in doubt.
     pub(super) fn is_shunned(&mut self) {
-        self.hurried |= self.unanswered.is_some();
+        self.shunned = true;
     }
 
     /// Packets leave from this address of ours now. Says whether they left from another one before.
@@ -250,6 +257,7 @@ impl Current {
         self.proved_at = now;
         self.silent_since = None;
         self.hurried = false;
+        self.shunned = false;
         self.rival = None;
         self.unanswered = None;
         std::mem::take(&mut self.idle)
@@ -287,6 +295,13 @@ impl Current {
             self.unanswered.as_ref().is_some_and(|asked| (asked.count >= 2 || self.hurried) && late(asked));
         let unheard = self.unheard_since().is_some_and(|since| since + patience(rtt) <= now);
         unanswered || unheard
+    }
+
+    /// From when on what is sent should go by way of the relay as well: a check had its chance to be answered, or none is
+    /// answered while the other side sends by way of the relay.
+    pub(super) fn doubted_at(&self, rtt: Duration) -> Option<Instant> {
+        let asked = self.unanswered.as_ref()?;
+        Some(if self.shunned { asked.first() } else { asked.first() + chance(rtt) })
     }
 
     /// What is to be done now.

@@ -311,7 +311,8 @@ impl Life {
                 }
                 self.send(at, transmit.to, transmit.bytes);
             }
-            while let Some(Event::PathChanged(path)) = self.hosts[at].agent.poll_event() {
+            while let Some(event) = self.hosts[at].agent.poll_event() {
+                let Event::PathChanged(path) = event else { continue };
                 self.hosts[at].changes.push((self.now, path.map(|direct| direct.addr)));
             }
         }

@@ -201,7 +201,8 @@ impl Pair {
                 peer.note_check(transmit.to, &transmit.bytes, self.now);
                 self.net.send(peer.host, transmit.to, transmit.bytes, self.now);
             }
-            while let Some(Event::PathChanged(path)) = peer.agent.poll_event() {
+            while let Some(event) = peer.agent.poll_event() {
+                let Event::PathChanged(path) = event else { continue };
                 peer.changes.push((self.now, path.map(|direct| direct.addr)));
                 if path.is_none() {
                     peer.reflexive.refresh(self.now);

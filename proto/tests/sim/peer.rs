@@ -232,6 +232,11 @@ impl Peer {
         self.agent.as_ref()?.path().map(|direct| direct.addr)
     }
 
+    /// Whether what it sends goes by way of the relay as well.
+    pub(crate) fn is_doubtful(&self) -> bool {
+        self.agent.as_ref().is_some_and(Agent::is_doubted)
+    }
+
     pub(crate) fn handle_timeout(&mut self, now: Instant) {
         self.agent.iter_mut().for_each(|agent| agent.handle_timeout(now));
         self.reflexive.handle_timeout(now);
@@ -250,6 +255,7 @@ impl Peer {
         while let Some(event) = self.agent.as_mut().and_then(Agent::poll_event) {
             match event {
                 Event::PathChanged(direct) => self.path_changed(direct.map(|direct| direct.addr), now),
+                Event::Doubted(_) => {}
             }
         }
         let news = std::mem::take(&mut self.news).then(|| self.candidates());

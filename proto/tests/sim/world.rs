@@ -335,9 +335,12 @@ impl World {
     fn send_data(&mut self, at: usize, packet: impl FnOnce(&mut Peer, Instant) -> Numbers) {
         let peer = &mut self.peers[at];
         let (path, numbers) = (peer.path(), packet(peer, self.now));
-        match path {
-            Some(addr) => self.internet.send(peer.machine, peer.port, addr, numbers.packet(), self.now),
-            None => self.relay(1 - at, Carried::Data(numbers)),
+        let is_relayed = path.is_none() || peer.is_doubtful();
+        if let Some(addr) = path {
+            self.internet.send(peer.machine, peer.port, addr, numbers.packet(), self.now);
+        }
+        if is_relayed {
+            self.relay(1 - at, Carried::Data(numbers));
         }
     }
 

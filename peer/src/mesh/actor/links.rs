@@ -121,6 +121,7 @@ impl Actor {
         while let Some(event) = self.paths.poll_event(now) {
             match event {
                 PathEvent::Changed { remote, direct } => self.path_changed(&remote, direct),
+                PathEvent::Doubted { remote, is_doubted } => self.path_doubted(&remote, is_doubted),
                 PathEvent::Elsewhere => self.moved(now),
                 PathEvent::Moved(here) => {
                     for instance in self.book.with_paths() {
@@ -174,6 +175,14 @@ impl Actor {
         }
         remote.set_direct(direct.map(|direct| direct.addr));
         self.book.moved(remote, direct.is_some());
+    }
+
+    fn path_doubted(&mut self, remote: &Remote, is_doubted: bool) {
+        tracing::debug!(instance = %remote.instance, is_doubted, "packets travel directly and by way of the relay");
+        remote.set_doubted(is_doubted);
+        if is_doubted {
+            self.book.hurry(remote);
+        }
     }
 
     fn tell_whereabouts(&mut self, instance: InstanceId, here: &Whereabouts, now: Instant) {

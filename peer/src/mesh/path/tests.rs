@@ -77,7 +77,11 @@ impl Pair {
             match event {
                 PathEvent::Again(..) => self.told.push(now),
                 PathEvent::Changed { direct: None, .. } => self.lost = Some(now),
-                PathEvent::Changed { .. } | PathEvent::Elsewhere | PathEvent::Moved(_) | PathEvent::Search(_) => {}
+                PathEvent::Changed { .. }
+                | PathEvent::Doubted { .. }
+                | PathEvent::Elsewhere
+                | PathEvent::Moved(_)
+                | PathEvent::Search(_) => {}
             }
         }
         while let Some(shot) = self.paths.poll_transmit() {
