@@ -41,9 +41,11 @@ use super::{
 };
 use crate::random;
 
+mod early;
 mod here;
 mod news;
 
+use early::EarlyChecks;
 use here::{Sampled, Watching};
 use news::News;
 
@@ -113,6 +115,7 @@ pub(super) struct Paths {
     // Where the others are.
     agents: Agents<SocketAddr>,
     links: BTreeMap<SocketAddr, Link>,
+    early: EarlyChecks,
     refreshed_at: Option<Instant>,
     news: News,
     /// Whether the others do not know yet where we are.
@@ -155,6 +158,7 @@ impl Paths {
             vigil_at: now,
             agents: Agents::new(now),
             links: BTreeMap::new(),
+            early: EarlyChecks::default(),
             refreshed_at: None,
             news: News::default(),
             untold: false,
@@ -230,7 +234,7 @@ impl Paths {
     }
 
     /// A link was agreed that may travel directly.
-    pub(super) fn add(&mut self, agreed: Agreed, there: Whereabouts, now: Instant) {
+    pub(super) fn add(&mut self, agreed: Agreed, there: Whereabouts, routes: &Routes, now: Instant) {
         if self.socket.is_none() {
             return;
         }
@@ -249,6 +253,12 @@ impl Paths {
         self.agents.insert(remote.mapped, agent, now);
         let link = Link { remote: Arc::clone(&remote), theirs: there.candidates, round_at: None, evidence: None };
         self.links.insert(remote.mapped, link);
+        for check in self.early.take(now) {
+            let handled = self.agents.handle_early_packet(check.from, &check.packet, now);
+            if !self.is_authentic(handled, check.from, routes) {
+                self.early.put_back(check);
+            }
+        }
     }
 
     /// A link is up.
@@ -326,15 +336,22 @@ impl Paths {
         if via.is_none() && ours().iter().any(|handled| !matches!(handled, Handled::Ignored(_))) {
             return;
         }
-        if let (Some(mapped), Handled::Check | Handled::Answer) = self.agents.handle_packet(from, packet, now)
-            && let Some(link) = self.links.get(&mapped)
-        {
-            if let Some(path) = self.agents.get(&mapped).and_then(Agent::path) {
-                link.remote.set_direct_rtt(path.rtt);
-            }
-            return routes.prove_source(&link.remote, from);
+        let handled = self.agents.handle_packet(from, packet, now);
+        if !self.is_authentic(handled, from, routes) {
+            self.early.keep(from, packet, now);
+            self.searches.handle_stun(via, from, packet, now);
         }
-        self.searches.handle_stun(via, from, packet, now);
+    }
+
+    /// Whether a packet was some agent's check, or the answer to one: then its source is proved.
+    fn is_authentic(&self, handled: (Option<SocketAddr>, Handled), from: SocketAddr, routes: &Routes) -> bool {
+        let (Some(mapped), Handled::Check | Handled::Answer) = handled else { return false };
+        let Some(link) = self.links.get(&mapped) else { return false };
+        if let Some(path) = self.agents.get(&mapped).and_then(Agent::path) {
+            link.remote.set_direct_rtt(path.rtt);
+        }
+        routes.prove_source(&link.remote, from);
+        true
     }
 
     /// Tells an agent what QUIC shows of its path.

@@ -148,13 +148,27 @@ impl<K: Ord + Clone> Agents<K> {
 
     /// Gives a datagram whose first byte says STUN to the agent that it is for, and says which one that was.
     pub fn handle_packet(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> (Option<K>, Handled) {
+        self.hand(bytes, now, |agent| agent.handle_packet(from, bytes, now))
+    }
+
+    /// Gives a check that came before its agent was added to that agent, and says which one that was.
+    pub fn handle_early_packet(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> (Option<K>, Handled) {
+        self.hand(bytes, now, |agent| agent.handle_early_packet(from, bytes, now))
+    }
+
+    fn hand(
+        &mut self,
+        bytes: &[u8],
+        now: Instant,
+        mut give: impl FnMut(&mut Agent) -> Handled,
+    ) -> (Option<K>, Handled) {
         let message = match Message::parse(bytes) {
             Ok(message) => message,
             Err(fault) => return (None, Handled::Ignored(Ignored::Malformed(fault))),
         };
         let mut handled = (None, Handled::Ignored(Ignored::NotOurs));
         for key in self.whose(&message) {
-            let told = self.tell(&key, now, |agent| agent.handle_packet(from, bytes, now));
+            let told = self.tell(&key, now, &mut give);
             handled = (Some(key), told.unwrap_or(handled.1));
             if handled.1 != Handled::Ignored(Ignored::NotOurs) {
                 break;

@@ -11,11 +11,22 @@ use crate::stun::{Class, Message};
 impl Agent {
     /// Takes a datagram whose first byte says STUN ([`crate::stun::is_stun`]).
     pub fn handle_packet(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> Handled {
+        self.receive(from, bytes, false, now)
+    }
+
+    /// Takes a check that came before this agent was made: the other side knew the key first. It is checked back and not answered,
+    /// for it would show a longer round trip than there is.
+    pub fn handle_early_packet(&mut self, from: SocketAddr, bytes: &[u8], now: Instant) -> Handled {
+        self.receive(from, bytes, true, now)
+    }
+
+    fn receive(&mut self, from: SocketAddr, bytes: &[u8], is_early: bool, now: Instant) -> Handled {
         let from = candidate::canonical(from);
         let handled = match Message::parse(bytes) {
             Err(fault) => Err(Ignored::Malformed(fault)),
             Ok(message) if !message.is_binding() => Err(Ignored::NotOurs),
             Ok(message) => match message.class() {
+                Class::Request if is_early => self.handle_early_check(from, &message, now),
                 Class::Request => self.handle_check(from, &message, bytes.len(), now),
                 Class::Success => self.handle_answer(from, &message, now),
                 Class::Indication | Class::Error => Err(Ignored::NotOurs),
@@ -44,6 +55,15 @@ impl Agent {
             return Err(Ignored::NoAnswer);
         }
         self.outbox.push_back(Transmit { to: from, bytes });
+        self.check_back(from, now);
+        Ok(Handled::Check)
+    }
+
+    fn handle_early_check(&mut self, from: SocketAddr, check: &Message<'_>, now: Instant) -> Result<Handled, Ignored> {
+        self.codec.admit(check)?;
+        if !candidate::is_usable(from) {
+            return Err(Ignored::WrongSource);
+        }
         self.check_back(from, now);
         Ok(Handled::Check)
     }

@@ -70,6 +70,8 @@ pub(crate) struct Peer {
     received: u32,
     acknowledged: u32,
     first_on_path: u32,
+    /// Checks that came before the link was agreed here.
+    early: Vec<(SocketAddr, Vec<u8>)>,
     hosts: Vec<Candidate>,
     proven: VecDeque<SocketAddr>,
     /// What it wants to tell the other side.
@@ -107,6 +109,7 @@ impl Peer {
             received: 0,
             acknowledged: 0,
             first_on_path: 1,
+            early: Vec::new(),
             hosts: Vec::new(),
             proven: VecDeque::new(),
             news: false,
@@ -126,6 +129,13 @@ impl Peer {
         agent.set_local(self.candidates(), now);
         self.agent = Some(agent);
         self.set_theirs(theirs, now);
+        for (from, bytes) in std::mem::take(&mut self.early) {
+            let handled = self.agent.as_mut().map(|agent| agent.handle_early_packet(from, &bytes, now));
+            if handled == Some(Handled::Check) {
+                self.audit.named.insert(from);
+                self.prove_source(from);
+            }
+        }
     }
 
     /// The other side tells its candidates. It tells the same again when it lost its path: rounds that do not meet open no two
@@ -180,7 +190,8 @@ impl Peer {
                 self.prove_source(from);
             }
             Some(Handled::Answer) => self.prove_source(from),
-            Some(Handled::Ignored(_)) | None => {}
+            Some(Handled::Ignored(_)) => {}
+            None => self.early.push((from, bytes.to_vec())),
         }
     }
 

@@ -194,7 +194,7 @@ impl Actor {
     fn agreed(&mut self, agreed: Option<Agreed>, there: Whereabouts, now: Instant) {
         let Some(Agreed { remote, check_key, role }) = agreed else { return };
         if remote.route == Route::Auto {
-            self.paths.add(Agreed { remote, check_key, role }, there, now);
+            self.paths.add(Agreed { remote, check_key, role }, there, &self.switch.routes, now);
         }
     }
 

@@ -32,7 +32,7 @@ fn paths(now: Instant) -> (Paths, tokio::sync::mpsc::Receiver<Told>) {
     paths.open((PORT, true), now);
     let check_key = CheckKey::agree(&[1; 32], &[2; 32]);
     let agreed = Agreed { remote: remote(), check_key, role: Role::Controlling };
-    paths.add(agreed, Whereabouts::default(), now);
+    paths.add(agreed, Whereabouts::default(), &Routes::default(), now);
     (paths, facts)
 }
 

@@ -27,6 +27,13 @@ struct Pair {
 
 impl Pair {
     fn new() -> Self {
+        let (mut pair, agreed) = Self::offered();
+        pair.paths.add(agreed, there(), &pair.routes, pair.now);
+        pair
+    }
+
+    /// The other side has agreed to a link, and we do not know yet.
+    fn offered() -> (Self, Agreed) {
         let now = Instant::now();
         let (surroundings, _facts) = Surroundings::new(PathConfig::default());
         let (mut paths, routes) = (Paths::new(surroundings, now), Routes::default());
@@ -34,11 +41,10 @@ impl Pair {
         let remote = routes.add(InstanceId::from_bytes([1; 16]), Route::Auto, None);
         let key = CheckKey::agree(&[1; 32], &[2; 32]);
         let agreed = Agreed { remote: Arc::clone(&remote), check_key: key.clone(), role: Role::Controlling };
-        paths.add(agreed, there(), now);
         let mut other = Agent::new(Config { key, role: Role::Controlled, seed: [2; 32] }, now);
         other.set_local(there().candidates, now);
         let (checks, told, lost) = (Vec::new(), Vec::new(), None);
-        Self { paths, remote, routes, other, heard: true, now, checks, told, lost }
+        (Self { paths, remote, routes, other, heard: true, now, checks, told, lost }, agreed)
     }
 
     fn direct() -> Self {
@@ -116,6 +122,19 @@ fn addr(text: &str) -> SocketAddr {
 fn there() -> Whereabouts {
     let candidate = Candidate { kind: CandidateKind::ServerReflexive, addr: addr(THERE) };
     Whereabouts { candidates: vec![candidate], nat: Nat::default() }
+}
+
+#[tokio::test]
+async fn a_check_that_overtakes_the_answer_to_our_offer_is_checked_back_once_the_link_is_agreed() {
+    let (mut pair, agreed) = Pair::offered();
+    pair.other.set_remote(vec![Candidate { kind: CandidateKind::ServerReflexive, addr: addr(HERE) }], pair.now);
+    let check = pair.other.poll_transmit().unwrap();
+    let note = FromSocket::Stun { via: None, from: addr(THERE), packet: check.bytes.into() };
+    pair.paths.handle_note(note, &pair.routes, pair.now);
+    pair.paths.add(agreed, Whereabouts::default(), &pair.routes, pair.now);
+    let back = std::iter::from_fn(|| pair.paths.poll_transmit()).find(|shot| shot.to == addr(THERE)).unwrap();
+    assert_eq!(Message::parse(&back.bytes).unwrap().class(), Class::Request);
+    assert!(pair.routes.by_source(addr(THERE)).is_some());
 }
 
 #[tokio::test]
