@@ -17,8 +17,12 @@ impl Agent {
     pub(super) fn ground_changed(&mut self, before: &Local, now: Instant) {
         if !self.pairs.has_other_interfaces(before) {
             // Only what others see of us is new: the other side hears of it, and checks.
-            match self.state {
-                State::Punching { .. } => self.pairs.ensure_all(now),
+            match &mut self.state {
+                State::Punching { .. } => {
+                    self.pairs.ensure_all(now);
+                    // Its rounds begin anew, and so do ours: those that do not meet open no two NATs.
+                    self.state = State::punching(now);
+                }
                 State::Direct { .. } => self.doubt(now),
             }
             return;
