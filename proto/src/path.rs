@@ -285,6 +285,15 @@ impl Agent {
         self.drive(now);
     }
 
+    /// Packets came directly that only the other side can have made, and are acknowledged: it looks after the path itself, so
+    /// that a keep-alive of ours can wait. What only one side sends from time to time keeps an idle path for both.
+    pub fn on_heard(&mut self, now: Instant) {
+        if let State::Direct { current, .. } = &mut self.state {
+            current.on_heard(now);
+        }
+        self.drive(now);
+    }
+
     /// Data that wants to be acknowledged was sent on the direct path. May be told coarsely, say every 250 ms. Whoever tells
     /// this must tell [`Agent::on_delivered`] too; whoever tells neither is not protected from a path that answers checks and
     /// carries no data.

@@ -97,6 +97,19 @@ fn a_changed_interface_begins_a_round_at_once() {
 }
 
 #[test]
+fn who_comes_to_be_seen_elsewhere_begins_its_rounds_anew_as_the_other_side_does() {
+    let mut lone = Lone::new();
+    lone.know(&[THERE]);
+    lone.sent_during(Duration::from_secs(100));
+    let seen = Candidate { kind: CandidateKind::ServerReflexive, addr: addr(ELSEWHERE) };
+    let (began, there) = (lone.now, vec![host(HERE), seen]);
+    lone.agent.set_local(there, lone.now);
+    let sent = lone.sent_during(Duration::from_secs(40));
+    let rounds: Vec<_> = sent.iter().step_by(BURST.len()).map(|(at, _)| (*at - began).as_secs()).collect();
+    assert_eq!(rounds, [0, 5, 15, 35]);
+}
+
+#[test]
 fn the_same_candidates_again_change_nothing() {
     let mut lone = Lone::new();
     lone.know(&[THERE]);
@@ -207,13 +220,26 @@ fn an_unsolicited_check_is_answered_and_checked_back() {
 }
 
 #[test]
-fn an_idle_path_is_checked_ever_less_often_down_to_every_25_seconds() {
+fn an_idle_path_is_checked_ever_less_often_down_to_the_longest_interval() {
     let mut two = Two::direct();
     let times = two.check_times(Duration::from_secs(600));
     let pauses: Vec<_> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert!(times[0] - two.began <= KEEP_ALIVE_FIRST && pauses.is_sorted(), "{pauses:?}");
     // The side that controls is the earlier one, by an eighth.
     assert_eq!(pauses.last().map(|pause| pause.as_secs()), Some(KEEP_ALIVE.as_secs() * 7 / 8));
+}
+
+#[test]
+fn a_path_on_which_the_other_side_is_heard_for_certain_is_not_checked_besides() {
+    let mut two = Two::direct();
+    let mut next = two.now;
+    let times = two.check_times_while(Duration::from_secs(3600), |agent, now| {
+        if now >= next {
+            next = now + KEEP_ALIVE_FIRST * 3 / 4;
+            agent.on_heard(now);
+        }
+    });
+    assert_eq!(times, []);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What QUIC itself shows of a link's path: whether data is sent, and whether any of it is acknowledged.
+//! What QUIC itself shows of a link's path: whether data is sent, whether any of it is acknowledged, and whether data comes.
 //!
 //! In: a link's connection, and acknowledgements as congestion control counts them for the path of now. Out: a [`Finding`] for the
 //! path machine. Packets that only acknowledge are no data: nobody acknowledges those.
@@ -23,6 +23,8 @@ pub(super) enum Finding {
     Delivered,
     /// Data was sent, and none was acknowledged.
     Sent,
+    /// Data came, whichever way.
+    Heard,
 }
 
 /// The counters of one link, and what they were.
@@ -31,6 +33,7 @@ pub(super) struct Evidence {
     connection: Connection,
     remote: Arc<Remote>,
     sent: u64,
+    heard: u64,
     delivered: u64,
     read_at: Instant,
 }
@@ -38,7 +41,7 @@ pub(super) struct Evidence {
 impl Evidence {
     /// From now on, for a link that is up.
     pub(super) fn new(connection: Connection, remote: Arc<Remote>, now: Instant) -> Self {
-        let mut evidence = Self { connection, remote, sent: 0, delivered: 0, read_at: now };
+        let mut evidence = Self { connection, remote, sent: 0, heard: 0, delivered: 0, read_at: now };
         evidence.begin_anew(now);
         evidence
     }
@@ -48,6 +51,7 @@ impl Evidence {
         let stats = self.connection.stats();
         self.remote.note_mtu(stats.path.current_mtu);
         self.sent = frames_of_data(&stats.frame_tx);
+        self.heard = frames_of_data(&stats.frame_rx);
         self.delivered = self.remote.delivered.load(Ordering::Relaxed);
         self.read_at = now;
     }
@@ -60,33 +64,34 @@ impl Evidence {
         self.read_at = now;
         let stats = self.connection.stats();
         self.remote.note_mtu(stats.path.current_mtu);
-        let sent = frames_of_data(&stats.frame_tx);
+        let (sent, heard) = (frames_of_data(&stats.frame_tx), frames_of_data(&stats.frame_rx));
         let delivered = self.remote.delivered.load(Ordering::Relaxed);
         let is_sent = std::mem::replace(&mut self.sent, sent) != sent;
+        let is_heard = std::mem::replace(&mut self.heard, heard) != heard;
         if std::mem::replace(&mut self.delivered, delivered) != delivered {
             return Some(Finding::Delivered);
         }
-        is_sent.then_some(Finding::Sent)
+        if is_sent { Some(Finding::Sent) } else { is_heard.then_some(Finding::Heard) }
     }
 }
 
-/// Frames sent that the other side acknowledges (RFC 9000 §13.2: all but ACK, PADDING and CONNECTION_CLOSE).
-fn frames_of_data(sent: &FrameStats) -> u64 {
+/// Frames that are acknowledged (RFC 9000 §13.2: all but ACK, PADDING and CONNECTION_CLOSE).
+fn frames_of_data(frames: &FrameStats) -> u64 {
     [
-        sent.stream,
-        sent.datagram,
-        sent.ping,
-        sent.crypto,
-        sent.max_data,
-        sent.max_stream_data,
-        sent.max_streams_bidi,
-        sent.reset_stream,
-        sent.stop_sending,
-        sent.data_blocked,
-        sent.stream_data_blocked,
-        sent.streams_blocked_bidi,
-        sent.new_connection_id,
-        sent.retire_connection_id,
+        frames.stream,
+        frames.datagram,
+        frames.ping,
+        frames.crypto,
+        frames.max_data,
+        frames.max_stream_data,
+        frames.max_streams_bidi,
+        frames.reset_stream,
+        frames.stop_sending,
+        frames.data_blocked,
+        frames.stream_data_blocked,
+        frames.streams_blocked_bidi,
+        frames.new_connection_id,
+        frames.retire_connection_id,
     ]
     .into_iter()
     .fold(0, u64::wrapping_add)

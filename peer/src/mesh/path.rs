@@ -240,7 +240,6 @@ impl Paths {
         }
         if self.agents.is_empty() {
             self.keep_watch(now);
-            self.reflexive.set_active(true, now);
         }
         let Agreed { remote, check_key: key, role } = agreed;
         let here = self.whereabouts();
@@ -259,6 +258,14 @@ impl Paths {
                 self.early.put_back(check);
             }
         }
+        self.attend(now);
+    }
+
+    /// Asks the responders as long as some link has no path. One that has a path keeps what a NAT remembers of the socket
+    /// alive by itself, and asks anew when it is lost.
+    fn attend(&mut self, now: Instant) {
+        let mut agents = self.agents.keys().filter_map(|mapped| self.agents.get(mapped));
+        self.reflexive.set_active(agents.any(|agent| agent.path().is_none()), now);
     }
 
     /// A link is up.
@@ -274,9 +281,7 @@ impl Paths {
         self.links.remove(&remote.mapped);
         self.news.remove(&remote.mapped);
         self.searches.remove(remote);
-        if self.agents.is_empty() {
-            self.reflexive.set_active(false, now);
-        }
+        self.attend(now);
     }
 
     /// The other side is to be reached elsewhere, or knows more of its NAT; or it says the same again, because it lost its path or
@@ -357,13 +362,15 @@ impl Paths {
     /// Tells an agent what QUIC shows of its path.
     fn tell_findings(&mut self, mapped: &SocketAddr, now: Instant) {
         let Some(link) = self.links.get_mut(mapped) else { return };
-        if link.remote.take_heard_relayed() {
+        let is_heard_relayed = link.remote.take_heard_relayed();
+        if is_heard_relayed {
             self.agents.tell(mapped, now, |agent| agent.on_relayed(now));
         }
         match link.evidence.as_mut().and_then(|evidence| evidence.read(now)) {
             Some(Finding::Delivered) => self.agents.tell(mapped, now, |agent| agent.on_delivered(now)),
             Some(Finding::Sent) => self.agents.tell(mapped, now, |agent| agent.on_data_sent(now)),
-            None => None,
+            Some(Finding::Heard) if !is_heard_relayed => self.agents.tell(mapped, now, |agent| agent.on_heard(now)),
+            Some(Finding::Heard) | None => None,
         };
     }
 
@@ -439,6 +446,7 @@ impl Paths {
 
     fn path_changed(&mut self, mapped: SocketAddr, direct: Option<Direct>, now: Instant) -> Option<PathEvent> {
         self.tell_source(&mapped, now);
+        self.attend(now);
         if direct.is_none() {
             self.path_lost(mapped, now);
         }

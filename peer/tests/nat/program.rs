@@ -195,11 +195,12 @@ impl Peer {
         self.said(from, changed)
     }
 
-    /// When this host began a command after `from`, by its own account.
+    /// When the first answer to a request came to this host after `from`, by its own account.
     #[track_caller]
-    pub(super) fn began_a_command(&self, from: SystemTime) -> Duration {
-        let began = || self.said(from, |line| line.contains("job started").then_some(())).into_iter().next();
-        wait_until("a command is begun", began).0
+    pub(super) fn got_an_answer(&self, from: SystemTime) -> Duration {
+        let answered =
+            || self.said(from, |line| line.contains("a request is answered").then_some(())).into_iter().next();
+        wait_until("a request is answered", answered).0
     }
 
     /// What of this host's log since `from` is of interest, and how long after.

@@ -216,6 +216,9 @@ impl Peer {
     pub(crate) fn handle_data(&mut self, from: SocketAddr, numbers: Numbers, now: Instant) -> bool {
         let Some(agent) = self.agent.as_mut().filter(|_| self.proven.contains(&from)) else { return false };
         agent.on_received(from, now);
+        if numbers.own > 0 {
+            agent.on_heard(now);
+        }
         // What is heard from is not forgotten for what only checked.
         self.prove_source(from);
         self.heard.directly += u64::from(numbers.own > 0);
@@ -287,6 +290,7 @@ impl Peer {
     fn path_changed(&mut self, path: Option<SocketAddr>, now: Instant) {
         self.changes.push((now, path));
         self.first_on_path = self.sent + 1;
+        self.reflexive.set_active(path.is_none(), now);
         match path {
             Some(addr) => self.prove_source(addr),
             // Perhaps because the router forgot us; and the other side should look for a path at the same time.

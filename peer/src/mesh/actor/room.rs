@@ -193,6 +193,7 @@ impl Actor {
             }
             exchange::Event::Accepted { id } => self.asks.accepted(id),
             exchange::Event::Answered { id, outcome } => {
+                tracing::debug!(request = ?id, "a request is answered");
                 let about_link = self.asks.ended(id, Ok(outcome));
                 self.link_answered(about_link);
             }

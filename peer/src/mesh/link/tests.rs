@@ -13,6 +13,7 @@ use peerfleet_proto::{
 use tokio::task::JoinHandle;
 
 use super::{super::socket::RELAY_QUEUE_BYTES, *};
+use crate::mesh::evidence::{Evidence, Finding};
 
 /// Longest that anything here may take.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -436,4 +437,39 @@ async fn a_relayed_link_that_may_become_direct_keeps_to_the_usual_size() {
     finds_mtu(&client, mtu::USUAL - 40).await;
     finds_mtu(&server, mtu::USUAL - 40).await;
     assert!([&client, &server].iter().all(|connection| connection.stats().path.current_mtu <= mtu::USUAL));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_hears_data_and_sends_none_has_evidence_of_that() {
+    let mut pair = Pair::start().await;
+    let (client, server) = pair.connect().await;
+    let (begin, remote) = (Instant::now(), Arc::clone(&pair.server.remote));
+    let mut evidence = Evidence::new(server.clone(), remote, begin);
+    let (_send, _recv) = send_all(&client, b"typed").await;
+    let (_other_send, mut recv) = timeout(DEADLINE, server.accept_bi()).await.unwrap().unwrap();
+    recv.read_exact(&mut [0; 5]).await.unwrap();
+    let mut later = begin;
+    let found = std::iter::repeat_with(|| {
+        later += Duration::from_secs(1);
+        evidence.read(later)
+    });
+    assert!(found.take(3).any(|finding| finding == Some(Finding::Heard)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_of_a_path_in_doubt_arrive_by_way_of_the_relay() {
+    let mut pair = Pair::start().await;
+    let (client, server) = pair.connect().await;
+    // Nobody is there.
+    let nowhere = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    pair.client.remote.set_direct(Some(nowhere.local_addr().unwrap()));
+    pair.client.remote.set_doubted(true);
+    let (_send, _recv) = send_all(&client, b"typed").await;
+    let (_other_send, mut recv) = timeout(DEADLINE, server.accept_bi()).await.unwrap().unwrap();
+    recv.read_exact(&mut [0; 5]).await.unwrap();
+    nowhere.set_read_timeout(Some(DEADLINE)).unwrap();
+    assert!(nowhere.recv(&mut [0; 2048]).is_ok(), "they are sent there as well");
+    // Another path is taken without doubt.
+    pair.client.remote.set_direct(None);
+    assert!(!pair.client.remote.is_doubted());
 }

@@ -204,6 +204,27 @@ async fn whoever_comes_back_asks_how_it_is_seen() {
 }
 
 #[tokio::test]
+async fn responders_are_asked_while_a_link_has_no_path_and_not_while_all_have() {
+    let mut pair = Pair::direct();
+    let responder = addr("203.0.113.1:8080");
+    pair.paths.set_responders(vec![responder], None, pair.now);
+    let asked = |pair: &mut Pair| {
+        let shots = std::iter::from_fn(|| pair.paths.poll_transmit());
+        shots.filter(|shot| shot.to == responder).map(|shot| shot.bytes).collect::<Vec<_>>()
+    };
+    let first = asked(&mut pair).remove(0);
+    let transaction = Message::parse(&first).unwrap().transaction();
+    let answer = Draft::new(Class::Success, transaction).mapped_address(addr("198.51.100.7:4000")).finish();
+    let note = FromSocket::Stun { via: None, from: responder, packet: answer.into() };
+    pair.paths.handle_note(note, &pair.routes, pair.now);
+    pair.run(Duration::from_millis(10));
+    assert!(pair.paths.reflexive.poll_timeout().is_none(), "nothing will be asked");
+    pair.heard = false;
+    pair.run(Duration::from_secs(60));
+    assert!(!pair.is_direct() && pair.paths.reflexive.poll_timeout().is_some());
+}
+
+#[tokio::test]
 async fn a_source_that_packets_come_from_stays_though_others_check() {
     let mut pair = Pair::direct();
     for port in 5000..5100 {
