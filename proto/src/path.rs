@@ -232,6 +232,16 @@ impl Agent {
         }
     }
 
+    /// We are in another place of the network, or slept: both sides' candidates as they are now, all of which are checked anew,
+    /// once. A path whose ground is gone is left at once.
+    pub fn relocate(&mut self, local: &[Candidate], remote: &[Candidate], now: Instant) {
+        self.pairs.set_remote(remote, self.current(), now);
+        match self.pairs.set_local(local, self.current(), now) {
+            Some(before) if self.pairs.has_other_interfaces(&before) => self.ground_changed(&before, now),
+            Some(_) | None => self.restart(now),
+        }
+    }
+
     /// The other side's candidates, in place of those before. New ones are checked at once, and while there is no direct
     /// path the others too.
     pub fn set_remote(&mut self, candidates: Vec<Candidate>, now: Instant) {

@@ -383,8 +383,9 @@ impl AsyncUdpSocket for MappedSocket {
         let direct = if remote.route == Route::RelayedOnly { None } else { remote.direct() };
         match (direct, &self.udp, remote.slot()) {
             (Some(to), Some(udp), slot) => {
-                if let Some(slot) = slot.filter(|_| remote.is_doubted()) {
-                    self.send_relayed(&remote, slot, transmit);
+                let is_copied = remote.is_doubted() && !self.switch.to_relay.is_half_full();
+                if let Some(slot) = slot.filter(|_| is_copied) {
+                    self.send_relayed(&remote, slot, transmit)?;
                 }
                 let kept = remote.kept(to);
                 self.send_direct(kept.as_ref().unwrap_or(udp), &remote, to, transmit)?;

@@ -24,7 +24,7 @@ use peerfleet_proto::{
 
 use super::{PathEvent, Paths};
 use crate::mesh::{
-    interfaces::{host_candidates, interfaces, is_ipv6_only},
+    interfaces::{host_candidates, interfaces, is_ipv6_only, networks},
     surroundings::{Fact, Told},
     wake::{Vigil, world_time},
 };
@@ -284,7 +284,12 @@ impl Paths {
         self.untold = true;
         // The responders are asked anew already.
         self.refreshed_at = Some(now);
-        self.agents.tell_all(now, |_, agent| agent.restart(now));
+        let (networks, candidates) = (networks(&self.interfaces), self.candidates());
+        self.agents.tell_all(now, |mapped, agent| {
+            let theirs = self.links.get(mapped).map(|link| reachable(&link.theirs, None)).unwrap_or_default();
+            agent.set_networks(&networks);
+            agent.relocate(&candidates, &theirs, now);
+        });
         self.searches.restart(now);
         self.tell_sources(now);
     }

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use peerfleet_proto::{
     id::InstanceId,
-    path::{CheckKey, Role, search::Shot},
+    path::{CheckKey, Role, nat64::Prefix, search::Shot},
     request::{link::Route, network::MappingProtocol},
     stun::{Class, Draft, Message},
 };
@@ -11,6 +11,7 @@ use super::*;
 use crate::mesh::{
     PathConfig,
     agreement::Agreed,
+    interfaces::{Address, Interface, Purpose, Standing},
     path::{PathEvent, Whereabouts},
     routes::{Remote, Routes},
     socket::FromSocket,
@@ -105,6 +106,41 @@ async fn words_of_a_change_are_followed_by_one_look_when_they_have_settled() {
         paths.handle_fact(Fact::Interfaces, now + Duration::from_millis(at * 10));
     }
     assert_eq!(paths.look_at, now + SETTLE);
+}
+
+#[tokio::test]
+async fn in_a_new_place_every_address_is_checked_once_and_none_through_the_nat64_of_the_old_one() {
+    let mut now = Instant::now();
+    let (surroundings, _facts) = Surroundings::new(PathConfig::default());
+    let mut paths = Paths::new(surroundings, now);
+    paths.open((PORT, true), now);
+    let there = "203.0.113.7:9".parse().unwrap();
+    let candidates = vec![Candidate { kind: CandidateKind::Host, addr: there }];
+    let check_key = CheckKey::agree(&[1; 32], &[2; 32]);
+    let agreed = Agreed { remote: remote(), check_key, role: Role::Controlling };
+    let shown = |ips: &[&str]| {
+        let addresses = ips.iter().map(|ip| Address { ip: ip.parse().unwrap(), prefix: 24, standing: Standing::Usual });
+        vec![Interface { name: "any".into(), purpose: Purpose::Default, addresses: addresses.collect(), mtu: None }]
+    };
+    paths.interfaces = shown(&["192.0.2.5", "2001:db8::5"]);
+    paths.begin_anew(now);
+    paths.add(agreed, Whereabouts { candidates, nat: Nat::default() }, &Routes::default(), now);
+    paths.handle_fact(Fact::Nat64(Prefix::WELL_KNOWN), now);
+    let checked = |paths: &mut Paths, now: &mut Instant| {
+        let mut checked = Vec::new();
+        for _ in 0..8 {
+            while paths.poll_event(*now).is_some() {}
+            checked.extend(std::iter::from_fn(|| paths.poll_transmit()).map(|shot| shot.to));
+            *now += Duration::from_millis(5);
+            paths.agents.handle_timeout(*now);
+        }
+        checked
+    };
+    let through = SocketAddr::new(Prefix::WELL_KNOWN.embed([203, 0, 113, 7].into()).into(), 9);
+    assert_eq!(checked(&mut paths, &mut now), [there, through]);
+    paths.interfaces = shown(&["198.51.100.5", "2001:db8:1::5"]);
+    paths.begin_anew(now);
+    assert_eq!(checked(&mut paths, &mut now), [there]);
 }
 
 #[tokio::test]
