@@ -246,6 +246,11 @@ impl Peer {
         self.agent.as_ref()?.path().map(|direct| direct.addr)
     }
 
+    /// Whether the newest packet that went along the direct path of now is not acknowledged yet.
+    pub(crate) fn is_unacknowledged(&self) -> bool {
+        self.path().is_some() && self.sent >= self.first_on_path && self.acknowledged < self.sent
+    }
+
     /// Whether what it sends goes by way of the relay as well.
     pub(crate) fn is_doubtful(&self) -> bool {
         self.agent.as_ref().is_some_and(Agent::is_doubted)

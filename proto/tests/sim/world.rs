@@ -232,7 +232,7 @@ impl World {
 
     fn next_turn(&self) -> Option<Instant> {
         let mut times = vec![self.internet.next_arrival(), self.relayed.keys().next().map(|(at, _)| *at)];
-        times.push(self.traffic.then_some(self.next_traffic));
+        times.push((0..2).any(|at| self.wants_to_send(at)).then_some(self.next_traffic));
         for at in 0..2 {
             if self.is_awake(at) {
                 times.extend([self.peers[at].poll_timeout(), self.looks[at]]);
@@ -255,7 +255,7 @@ impl World {
         for at in 0..2 {
             self.turn_of(at);
         }
-        if self.traffic && self.next_traffic <= self.now {
+        if self.next_traffic <= self.now && (0..2).any(|at| self.wants_to_send(at)) {
             self.next_traffic = self.now + TRAFFIC;
             self.send_traffic();
         }
@@ -325,10 +325,15 @@ impl World {
 
     fn send_traffic(&mut self) {
         for at in 0..2 {
-            if self.is_awake(at) {
+            if self.is_awake(at) && self.wants_to_send(at) {
                 self.send_data(at, Peer::next_data);
             }
         }
+    }
+
+    /// What was sent directly and not acknowledged is sent again, as QUIC does.
+    fn wants_to_send(&self, at: usize) -> bool {
+        self.traffic || self.peers[at].is_unacknowledged()
     }
 
     /// Sends a packet along the path, or to the relay.

@@ -178,7 +178,7 @@ impl Actor {
     }
 
     fn path_doubted(&mut self, remote: &Remote, is_doubted: bool) {
-        tracing::debug!(instance = %remote.instance, is_doubted, "packets travel directly and by way of the relay");
+        tracing::debug!(instance = %remote.instance, is_doubted, "whether the direct path is in doubt");
         remote.set_doubted(is_doubted);
         if is_doubted {
             self.book.hurry(remote);
