@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use peerfleet_peer::mesh::{AskFault, AskProgress, Mesh, MeshConfig, Roster, Stream, UplinkState};
 use peerfleet_proto::{
-    id::InstanceId,
+    id::{InstanceId, JobId},
     presence::{Mode, Presence},
     request::{FailureKind, Outcome, Request, link::Route, transfer::PathNow},
 };
@@ -29,6 +29,25 @@ async fn an_ask_is_answered_by_whom_it_was_meant_for() {
         panic!("no failure")
     };
     assert_eq!(failure.kind, FailureKind::Refused);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn links_are_made_ready_for_who_waits_for_an_answer_and_not_for_who_gets_one_at_once() {
+    let relay = TestRelay::start();
+    let (one, other) = pair(&relay).await;
+    let has_socket = async || other.report(None, false).await.unwrap().network.udp;
+    assert_eq!(one.ask(other.me().instance, Request::Ping, DEADLINE).await, Ok(Outcome::Done));
+    assert!(!has_socket().await);
+    let (asking, to) = (one.clone(), other.me().instance);
+    let slow = Request::Cancel(JobId::from(RequestId::from_bytes([1; 16])));
+    let asked = tokio::spawn(async move { asking.ask(to, slow, DEADLINE).await });
+    let ready = async {
+        while !has_socket().await {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(DEADLINE, ready).await.unwrap();
+    asked.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -229,7 +248,6 @@ async fn whoever_cannot_join_is_told_why() {
     assert!(refused.cause.contains("refused"), "{refused}");
 }
 
-/// Says "done" to pings, refuses everything else, and echoes streams.
 struct TestRelay {
     address: SocketAddr,
     running: JoinHandle<()>,

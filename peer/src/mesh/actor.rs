@@ -16,7 +16,7 @@ use peerfleet_proto::{
     exchange::{Address, Config, Exchange},
     id::{InstanceId, RequestId},
     presence::{Mode, Presence, PresenceOpener, PresenceSealer},
-    request::{Failure, FailureKind, Outcome, Request, link::Route},
+    request::{Outcome, Request, link::Route},
     uplink::{Credentials, Uplink},
 };
 use tokio::{
@@ -45,14 +45,12 @@ use crate::random::{self, SystemRandom};
 mod links;
 mod report;
 mod room;
+mod serving;
 
 pub(super) use report::ReportWanted;
 
 /// Inputs handled before what came of them goes out: one turn of a busy room stays below a millisecond.
 const BATCH: usize = 64;
-
-/// Requests being worked on at once; further ones are answered with "busy".
-const MAX_SERVING: usize = 1024;
 
 /// How often requests that nobody waits for and links that nobody uses are looked for.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
@@ -141,6 +139,8 @@ pub(super) struct Actor {
     facts: mpsc::Receiver<Told>,
     link_events: mpsc::Receiver<LinkEvent>,
     sweep_at: Option<Instant>,
+    /// When links are made ready, if something is still worked on then.
+    ready_at: Option<Instant>,
 }
 
 /// What a handle needs of the actor.
@@ -224,6 +224,7 @@ impl Actor {
             facts,
             link_events,
             sweep_at: None,
+            ready_at: None,
         };
         (actor, contact)
     }
@@ -248,6 +249,8 @@ impl Actor {
     }
 
     async fn leave(mut self, reply: Option<oneshot::Sender<()>>) {
+        // Whoever wants something from now on is told at once that nothing left.
+        self.commands.close();
         self.asks.end_all();
         self.serving.abort_all();
         // First the links, because those that are relayed say goodbye by way of the relay.
@@ -310,7 +313,7 @@ impl Actor {
             Input::Told(told) => self.paths.handle_told(told, now),
             Input::Served(served) => self.served(served, now),
             Input::Accepted | Input::Room => {}
-            Input::Time => self.timeout(now),
+            Input::Time => self.timeout(now).await,
         }
         // A request may need the links' thread, whose start is awaited: so these are not handled while draining.
         while let Some(event) = self.exchange.poll_event() {
@@ -405,42 +408,17 @@ impl Actor {
         self.book.get((to, Route::Auto), now).filter(|link| *link.direct.borrow())
     }
 
-    /// Hands a request to the services.
-    fn serve(&mut self, caller: Caller, id: RequestId, request: Request, now: Instant) {
-        if self.serving.len() >= MAX_SERVING {
-            let busy =
-                Failure::new(FailureKind::Busy, "it works on too many requests already", "try again in a moment");
-            return self.exchange.answer(caller.instance, id, Outcome::Failed(busy), now);
-        }
-        let task = self.serving.spawn(self.serve.ask(caller, id, request));
-        self.served.insert(task.id(), (caller.instance, id));
-    }
-
-    fn served(&mut self, served: Result<(Id, Outcome), JoinError>, now: Instant) {
-        let (task, outcome) = match served {
-            Ok(served) => served,
-            Err(error) => {
-                tracing::error!("a service ended in a panic");
-                let bug = Failure::new(FailureKind::Internal, "a service ended in a panic", "its log says more");
-                (error.id(), Outcome::Failed(bug))
-            }
-        };
-        if let Some((caller, id)) = self.served.remove(&task) {
-            self.exchange.answer(caller, id, outcome, now);
-        }
-    }
-
     fn publish_presence(&mut self) {
         self.uplink.set_presence(self.sealer.seal(&self.presence));
     }
 
     fn poll_timeout(&self) -> Instant {
-        let others = [self.paths.poll_timeout(), self.members.poll_timeout(), self.sweep_at];
+        let others = [self.paths.poll_timeout(), self.members.poll_timeout(), self.sweep_at, self.ready_at];
         let always = self.uplink.poll_timeout().min(self.exchange.poll_timeout());
         others.into_iter().flatten().fold(always, Instant::min)
     }
 
-    fn timeout(&mut self, now: Instant) {
+    async fn timeout(&mut self, now: Instant) {
         if self.uplink.poll_timeout() <= now {
             self.uplink.handle_timeout(now, &mut self.rng);
         }
@@ -450,6 +428,9 @@ impl Actor {
         self.paths.handle_timeout(now);
         if self.sweep_at.is_some_and(|at| at <= now) {
             self.sweep(now);
+        }
+        if self.ready_at.is_some_and(|at| at <= now) {
+            self.make_ready(now).await;
         }
     }
 

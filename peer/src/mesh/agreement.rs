@@ -167,6 +167,11 @@ impl Book {
         Ok(socket)
     }
 
+    /// Whether the links' thread runs.
+    pub(super) fn is_started(&self) -> bool {
+        self.links.is_some()
+    }
+
     /// A link that is up.
     pub(super) fn get(&mut self, key: Key, now: Instant) -> Option<LinkHandle> {
         let entry = self.entries.get_mut(&key)?;

@@ -46,7 +46,7 @@ pub(crate) fn config(relay: &str) -> MeshConfig {
     }
 }
 
-/// Answers pings, and sends back what comes on streams.
+/// Answers pings, never a cancellation, and sends back what comes on streams.
 pub(crate) struct Echo;
 
 impl Serve for Echo {
@@ -54,6 +54,10 @@ impl Serve for Echo {
         Box::pin(async move {
             if request == Request::Ping {
                 return Outcome::Done;
+            }
+            if let Request::Cancel(_) = request {
+                // As long as nobody is told to stop waiting.
+                std::future::pending::<()>().await;
             }
             Outcome::Failed(Failure::new(FailureKind::Refused, "only pings are answered", "ping"))
         })
