@@ -50,6 +50,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(50);
 /// the path machine its longer checks, which come sooner only where a NAT is seen to forget sooner.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
+/// How much later the side that was dialled would send one: the other's, which comes first, spares it its own.
+const LATER: Duration = Duration::from_secs(2);
+
 /// Bytes that one stream may have in flight. Less than 2 × 1,024 × 1,452: beyond that, losses can leave more gaps than
 /// QUIC keeps track of on one ordered stream, and it gives up the connection.
 const STREAM_WINDOW_BYTES: u32 = 2_500_000;
@@ -201,7 +204,7 @@ impl Links {
             mtu::settle(&remote).await;
             let mapped = remote.mapped;
             let mut config = ClientConfig::new(shared.tls.client_to(&key));
-            config.transport_config(transport(&remote));
+            config.transport_config(transport(&remote, KEEP_ALIVE));
             match endpoint.connect_with(config, mapped, SERVER_NAME) {
                 Ok(connecting) => shared.see_through(mapped, &key, connecting).await,
                 Err(error) => shared.tell_down(mapped, None, error.to_string()).await,
@@ -273,7 +276,7 @@ impl Shared {
     async fn accept(self: Arc<Self>, incoming: Incoming, remote: Arc<Remote>, key: AnnouncedKey) {
         mtu::settle(&remote).await;
         let mut config = server_config(&self.tls, &key);
-        config.transport_config(transport(&remote));
+        config.transport_config(transport(&remote, KEEP_ALIVE + LATER));
         match incoming.accept_with(Arc::new(config)) {
             Ok(connecting) => self.see_through(remote.mapped, &key, connecting).await,
             Err(error) => self.tell_down(remote.mapped, None, error.to_string()).await,
@@ -360,11 +363,11 @@ fn server_config(tls: &TlsKey, key: &AnnouncedKey) -> ServerConfig {
     config
 }
 
-fn transport(remote: &Remote) -> Arc<TransportConfig> {
+fn transport(remote: &Remote, keep_alive: Duration) -> Arc<TransportConfig> {
     let mut config = TransportConfig::default();
     config
         .max_idle_timeout(Some(IdleTimeout::try_from(IDLE_TIMEOUT).expect("50 s fit a QUIC varint")))
-        .keep_alive_interval(Some(KEEP_ALIVE))
+        .keep_alive_interval(Some(keep_alive))
         .max_concurrent_bidi_streams(MAX_STREAMS.into())
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(STREAM_WINDOW_BYTES.into())
