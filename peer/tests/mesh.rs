@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use peerfleet_peer::mesh::{AskFault, AskProgress, Mesh, MeshConfig, Roster, Stream, UplinkState};
 use peerfleet_proto::{
-    id::{InstanceId, JobId},
+    id::{InstanceId, JobId, RequestId},
     presence::{Mode, Presence},
     request::{FailureKind, Outcome, Request, link::Route, transfer::PathNow},
 };
