@@ -41,7 +41,7 @@ paths runs="20":
 docker:
     docker/test-rootfs
 
-# Floors, ours and their ratios; about ten minutes on an idle machine.
+# Floors, ours and their ratios; about a quarter of an hour on an idle machine.
 bench:
     cargo build --release --workspace
     benches/run
