@@ -296,6 +296,12 @@ impl Engine {
     /// Starts the process once the job's record is written: what may have run shows in the list after any crash.
     async fn start(self: Arc<Self>, job: Arc<Job>, spec: ExecSpec) {
         self.store.job_started(job.summary()).await;
+        if job.is_to_end() {
+            job.deliver();
+            self.end(&job, JobEnd { state: EndState::Cancelled, duration: Duration::ZERO });
+            self.shelve(&job);
+            return job.begin();
+        }
         match process::spawn(&spec, &self.home) {
             Ok(child) => {
                 tracing::debug!(job = %job.id, caller = %job.caller.short(), "job started");

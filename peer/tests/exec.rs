@@ -497,6 +497,25 @@ async fn a_process_that_runs_has_its_record_in_the_file_already() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_cancelled_while_its_record_is_written_never_runs() {
+    let mut host = Host::new();
+    let file = host.folder.path().join("state.db");
+    host.store = Store::at(file.clone());
+    host.jobs = Jobs::new(host.store.clone(), host.config.clone());
+    assert_eq!(host.jobs.recover().await.unwrap(), 0);
+    let writer = rusqlite::Connection::open(file).unwrap();
+    writer.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let (id, spec) = (fresh_id(), host.inside(shell("echo x > ran; sleep 1000")));
+    let (outcome, cancelled) = tokio::join!(
+        host.jobs.exec(caller(1), id, ExecSpec { follow: Follow::Collected, ..spec }),
+        host.jobs.cancel(id.into())
+    );
+    let Outcome::Job(report) = outcome else { panic!("{outcome:?}") };
+    assert_eq!((state(&report), cancelled), (&EndState::Cancelled, Outcome::Done));
+    assert!(!host.folder.path().join("ran").exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_job_too_many_is_refused_until_one_ends() {
     let host = Host::configured(|config| config.running = 2);
     let job = host.start(argv(&[b"sleep", b"1000"])).await;

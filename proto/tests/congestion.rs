@@ -12,7 +12,7 @@ mod cubic;
 #[path = "congestion/sender.rs"]
 mod sender;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bottleneck::{Path, Sum, World};
 use cubic::Cubic;
@@ -266,4 +266,27 @@ fn when_nothing_arrived_for_long_a_path_begins_anew_with_a_few_packets() {
     model.handle_loss(u64::from(PACKET), true);
     assert_eq!(model.window(), 4 * u64::from(PACKET));
     assert!(model.window() < before);
+}
+
+#[test]
+fn what_arrives_late_after_a_new_beginning_says_nothing_of_the_rate() {
+    let (packet, round_trip) = (u64::from(PACKET), Duration::from_millis(100));
+    let mut model = RateModel::new(PACKET);
+    let start = Instant::now() + round_trip;
+    model.handle_sent(start - round_trip);
+    model.handle_loss(packet, true);
+    model.handle_sent(start);
+    let mut now = start + Duration::from_micros(50);
+    (0..4).for_each(|_| model.handle_ack(start - round_trip, packet));
+    model.handle_end_of_acks(now, packet, false);
+    let mut widest = model.window();
+    // The path: 1 MB/s, 100 ms.
+    for _ in 0..50 {
+        now += Duration::from_millis(12);
+        model.handle_sent(now);
+        model.handle_ack(now.checked_sub(round_trip).expect("it began earlier"), 12_000);
+        model.handle_end_of_acks(now, packet, false);
+        widest = widest.max(model.window());
+    }
+    assert!(widest <= 400_000, "{widest}");
 }

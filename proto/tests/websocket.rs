@@ -60,7 +60,7 @@ fn piece(side: Side) -> impl Strategy<Value = (Vec<u8>, Option<Bytes>)> {
             (frame(0x82, &payload, key), Some(payload))
         }),
         (0..300_usize).prop_map(move |len| (frame(0x82, &message(Slot(3), 4, &vec![3; len]), key), None)),
-        (0..125_usize, 8..11_u8).prop_map(move |(len, opcode)| (frame(0x80 | opcode, &vec![3; len], key), None)),
+        (0..125_usize, 9..11_u8).prop_map(move |(len, opcode)| (frame(0x80 | opcode, &vec![3; len], key), None)),
     ]
 }
 
@@ -144,6 +144,7 @@ fn what_the_library_has_to_judge_is_left_to_it() {
         ("too long", frame(0x82, &longest, Some(KEY))),
         ("too short to be one", frame(0x82, &payload[..DATAGRAM_HEADER_BYTES - 1], Some(KEY))),
         ("told in too many bytes", not_shortest),
+        ("behind a close", [frame(0x88, &[], Some(KEY)), frame(0x82, &payload, Some(KEY))].concat()),
         ("within a message in fragments", [frame(0x02, b"a", Some(KEY)), frame(0x82, &payload, Some(KEY))].concat()),
     ] {
         let (library, taken) = feed(&mut separator(Side::Server), &stream, &[7]);

@@ -40,6 +40,13 @@ use serde::{Serialize, de::DeserializeOwned};
 mod common;
 use common::Hashes;
 
+#[test]
+fn a_datagram_that_its_receiver_could_not_read_is_the_senders_fault() {
+    let frame = relay::datagram(Slot(1), 0, 0, &[1; 8]);
+    assert_eq!(PeerFrame::split(&frame), Err(Malformed::InconsistentLength));
+    assert_eq!(RelayFrame::read(&frame), Err(Malformed::InconsistentLength));
+}
+
 proptest! {
     #[test]
     fn words_to_the_relay_read_back(word in peer_to_relay()) {

@@ -168,14 +168,15 @@ impl Default for Config {
             drain_timeout: Duration::from_secs(5),
             // 2,000 peers in 3 s are 667 joins a second, 6 % of one core at 84 µs of X25519 each.
             drain_jitter: Duration::from_secs(3),
-            // 16,384 connections with full read buffers (160 KiB) are 2.6 GiB at the very worst, 100 MiB when idle.
+            // 16,384 connections with full read buffers and an unfinished datagram (240 KiB) are 3.8 GiB at the very worst, 100 MiB
+            // when idle.
             // A company behind one address fits into 1,024; and 256 a second lets all of it back within the jitter.
             limits: Limits { connections: 16_384, per_address: 1024, per_address_rate: 256 },
             // Joining costs a frame to everybody: beyond some thousands, use several rooms.
             peers_per_room: 4096,
             // Control: 2,000 joins at once. Messages: 17 of the largest. Datagrams: 40 ms at 100 Mbit/s.
             queues: QueueLimits { control: 1 << 20, messages: 1 << 20, datagrams: 512 << 10 },
-            // 40 receivers that read nothing may fill up without touching another room's share.
+            // 21 receivers that read nothing may fill up, bursts and all, without touching another room's share.
             room_bytes: 64 << 20,
             relay_bytes: 512 << 20,
             stun: true,

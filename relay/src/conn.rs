@@ -179,8 +179,12 @@ async fn join(core: &Core, ws: &mut WebSocket) -> Result<(Seat, Vec<Arc<Member>>
     ws.get_mut().outbox().push(wire(&control(&RelayToPeer::Challenge(challenge))));
     let join = loop {
         std::future::poll_fn(|cx| ws.get_mut().poll_drain(cx)).await.map_err(|_| CloseReason::Lost)?;
-        ws.get_mut().begin_turn();
-        match ws.next().await {
+        // Each poll is a turn: else one that used up its allowance would be woken for nothing, again and again.
+        let next = std::future::poll_fn(|cx| {
+            ws.get_mut().begin_turn();
+            ws.poll_next_unpin(cx)
+        });
+        match next.await {
             Some(Ok(Message::Binary(frame))) => break read_join(&frame)?,
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
             Some(Ok(Message::Text(_) | Message::Frame(_))) => return Err(CloseReason::Malformed),

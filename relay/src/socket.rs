@@ -180,10 +180,13 @@ impl Socket {
 
 impl AsyncRead for Socket {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        while !self.library.give(buffer) {
+        loop {
             if self.allowance == 0 {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
+            }
+            if self.library.give(buffer) {
+                break;
             }
             let count = ready!(self.poll_sort(cx))?;
             if count == 0 {

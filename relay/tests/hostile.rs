@@ -88,6 +88,17 @@ impl Binary {
         Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? * 1024)
     }
 
+    /// What it took of the processors so far; nothing where the system does not tell.
+    fn processor_time(&self) -> Duration {
+        let stat = self.child.id().and_then(|id| std::fs::read_to_string(format!("/proc/{id}/stat")).ok());
+        let ticks = stat.and_then(|stat| {
+            let after_name = stat.rsplit_once(')')?.1;
+            let mut fields = after_name.split_whitespace().skip(11);
+            Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+        });
+        Duration::from_millis(ticks.unwrap_or(0) * 10)
+    }
+
     fn assert_peak_below(&self, bytes: usize) {
         if let Some(peak) = self.peak() {
             assert!(peak < bytes, "{} MiB were resident, {} allowed", peak / MIB, bytes / MIB);
@@ -256,6 +267,18 @@ async fn endless_fragments_and_pings_are_cut_and_hold_no_memory() {
     relay.logs("slow_reader").await;
     bystanders.felt_nothing().await;
     relay.assert_peak_below(32 * MIB);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_whose_fragments_say_nothing_costs_no_processor_until_its_deadline() {
+    let relay = Binary::start(&["--join-timeout", "2s"]).await;
+    let stream = TcpStream::connect(relay.address).await.unwrap();
+    let mut stranger = TestPeer::upgrade(stream).await.into_inner();
+    stranger.write_all(&[0x02, 0x80, 0, 0, 0, 0]).await.unwrap();
+    // More than is read in one turn.
+    stranger.write_all(&[0x00, 0x80, 0, 0, 0, 0].repeat(50_000)).await.unwrap();
+    relay.logs("join_timeout").await;
+    assert!(relay.processor_time() < Duration::from_secs(1), "{:?}", relay.processor_time());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -127,7 +127,7 @@ impl Exec {
 
     fn interrupted(&self) -> Failure {
         Failure::fixable(format!("interrupted before `{}` was asked", self.host))
-            .cause("the room was not joined yet")
+            .cause("the host was still being looked for")
             .hint("`peer status` tells how the connection to the relay stands")
             .exit_with(EXIT_INTERRUPTED)
     }

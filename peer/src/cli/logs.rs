@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     client::exec::{self, Finished, Output},
-    failure::{EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, Failure, Kind, Result},
+    failure::{EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_NOT_RUN, Failure, Result},
 };
 
 /// Print what a job wrote, standard output and standard error apart
@@ -52,7 +52,8 @@ impl Logs {
             Ok(Finished { broken_pipe: true, .. }) => Ok(EXIT_BROKEN_PIPE),
             // Reading the log went well, however the job ended.
             Ok(finished) if ui.json => match ended(ui, &host, &finished) {
-                Err(failure) if failure.kind == Kind::BrokenPipe => Err(failure),
+                // That the job did not run is its end, and told; any other failure is ours.
+                Err(failure) if failure.exit_code() != EXIT_NOT_RUN => Err(failure),
                 Ok(_) | Err(_) => Ok(0),
             },
             Ok(_) => Ok(0),

@@ -13,7 +13,7 @@ use peerfleet_proto::{
         exec::{EndState, ExecSpec, JobEnd, JobReport, JobSignal},
     },
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 
 use super::Client;
 #[cfg(doc)]
@@ -174,6 +174,12 @@ async fn start(
         let said = tokio::select! {
             said = progress.recv() => said,
             Some(_wish) = wishes.recv() => {
+                // It was asked already: without its id nobody could end it.
+                if job.is_none()
+                    && let Ok(Some((_, AskProgress::Asked(id)))) = timeout(CANCEL_DEADLINE, progress.recv()).await
+                {
+                    job = Some(JobId::from(id));
+                }
                 if let Some(job) = job {
                     cancel(client, host.instance, job).await;
                 }

@@ -200,6 +200,11 @@ impl Job {
         });
     }
 
+    /// Whether it must end, perhaps before it began.
+    pub(super) fn is_to_end(&self) -> bool {
+        self.ending.borrow().is_some()
+    }
+
     /// Waits until the process must end.
     pub(super) async fn must_end(&self) -> Ending {
         let mut ending = self.ending.subscribe();

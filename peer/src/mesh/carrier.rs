@@ -39,9 +39,6 @@ const MAX_ANSWER_BYTES: usize = 16 * 1024;
 /// How an answer begins that lets us speak WebSocket (RFC 6455 §4.1).
 const SWITCHING: &[u8] = b"HTTP/1.1 101";
 
-/// How the head of an answer of HTTP ends (RFC 9112 §2.1).
-const END_OF_HEAD: &[u8] = b"\r\n\r\n";
-
 /// A stream of bytes to the relay, as the WebSocket library sees it.
 #[derive(Debug)]
 pub(super) struct Carrier {
@@ -56,6 +53,8 @@ pub(super) struct Carrier {
     /// Bytes that may still be read in this turn.
     allowance: usize,
     outbox: Outbox,
+    /// Whether all that was written has left: TLS keeps what its socket did not take.
+    is_flushed: bool,
 }
 
 #[derive(Debug)]
@@ -81,6 +80,7 @@ impl Carrier {
             large: false,
             allowance: TURN_BYTES,
             outbox: Outbox::default(),
+            is_flushed: true,
         }
     }
 
@@ -101,11 +101,12 @@ impl Carrier {
 
     /// Whether something waits to be flushed.
     pub(super) fn is_waiting(&self) -> bool {
-        !self.outbox.is_empty()
+        !self.is_flushed
     }
 
     /// Writes a frame that is ready for the wire, with the next flush.
     pub(super) fn push(&mut self, frame: Bytes) {
+        self.is_flushed = false;
         self.outbox.push(frame);
     }
 
@@ -153,9 +154,9 @@ impl Carrier {
             }
             Reading::Upgrade(answer) => {
                 answer.extend_from_slice(landed);
-                let end = answer.windows(END_OF_HEAD.len()).position(|bytes| bytes == END_OF_HEAD);
-                let end = end.map(|at| at + END_OF_HEAD.len());
-                if end.is_none() && count > 0 && answer.len() < MAX_ANSWER_BYTES {
+                let end = end_of_head(answer);
+                let may_switch = answer.iter().zip(SWITCHING).all(|(is, should)| is == should);
+                if may_switch && end.is_none() && count > 0 && answer.len() < MAX_ANSWER_BYTES {
                     return;
                 }
                 let mut answer = std::mem::take(answer);
@@ -214,19 +215,27 @@ impl AsyncWrite for Carrier {
         while !self.has_room() {
             ready!(self.poll_drain(cx))?;
         }
-        self.outbox.push(Bytes::copy_from_slice(bytes));
+        self.push(Bytes::copy_from_slice(bytes));
         Poll::Ready(Ok(bytes.len()))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_drain(cx))?;
-        Pin::new(&mut self.transport).poll_flush(cx)
+        ready!(Pin::new(&mut self.transport).poll_flush(cx))?;
+        self.is_flushed = true;
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         ready!(self.poll_drain(cx))?;
         Pin::new(&mut self.transport).poll_shutdown(cx)
     }
+}
+
+/// Where the head of an answer ends: behind an empty line, of which the CR may be missing (RFC 9112 §2.2).
+fn end_of_head(answer: &[u8]) -> Option<usize> {
+    let ends_head = |end: &usize| [&b"\n\n"[..], b"\n\r\n"].iter().any(|line| answer[..*end].ends_with(line));
+    (1..=answer.len()).find(ends_head)
 }
 
 #[cfg(test)]
@@ -300,18 +309,92 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_no_answer_of_http_is_not_waited_for() {
+        let (mut carrier, mut relay) = connected().await;
+        relay.write_all(b"220 mail").await.unwrap();
+        let mut library = Vec::new();
+        carrier.read_buf(&mut library).await.unwrap();
+        assert_eq!(library, b"220 mail");
+    }
+
+    #[tokio::test]
+    async fn an_answer_may_end_its_lines_without_carriage_returns() {
+        let (answer, datagram) =
+            (b"HTTP/1.1 101 Switching\nUpgrade: websocket\n\n", relay::datagram(Slot(3), 0, 9, &[7; 90]));
+        let (library, taken) = read([answer.as_slice(), &frame(&datagram)].concat(), 11).await;
+        assert!(library == answer && taken == [datagram]);
+    }
+
+    /// A carrier over TLS, and the relay's end of it.
+    async fn connected_by_tls() -> (Carrier, tokio_rustls::server::TlsStream<TcpStream>) {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (theirs, _) = listener.accept().await.unwrap();
+        let generated = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let certificate = generated.cert.der().clone();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(generated.signing_key.serialize_der()).unwrap();
+        let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(certificate.clone()).unwrap();
+        let client = rustls::ClientConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let server = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(client));
+        let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(server));
+        let connecting = connector.connect("localhost".try_into().unwrap(), Transport::Plain(ours));
+        let (ours, theirs) = tokio::join!(connecting, acceptor.accept(theirs));
+        (Carrier::new(Transport::Tls(Box::new(ours.unwrap()))), theirs.unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_tls_kept_is_flushed_as_soon_as_its_socket_takes_it() {
+        let (mut carrier, mut relay) = connected_by_tls().await;
+        let piece = Bytes::from(vec![7; 8 * 1024]);
+        let mut written = 0;
+        let is_full = |carrier: &mut Carrier| {
+            let flushing = Pin::new(carrier).poll_flush(&mut Context::from_waker(std::task::Waker::noop()));
+            flushing.is_pending()
+        };
+        loop {
+            carrier.push(piece.clone());
+            written += piece.len();
+            if is_full(&mut carrier) {
+                break;
+            }
+        }
+        assert!(carrier.outbox.is_empty(), "TLS keeps what its socket does not take");
+        let reading = tokio::spawn(async move {
+            let mut read = vec![0; written];
+            relay.read_exact(&mut read).await
+        });
+        while carrier.is_waiting() {
+            carrier.flush().await.unwrap();
+        }
+        let read = tokio::time::timeout(std::time::Duration::from_secs(30), reading).await;
+        assert_eq!(read.expect("all arrives").unwrap().unwrap(), written);
+    }
+
+    #[tokio::test]
     async fn frames_are_written_whole_and_in_order() {
         let (mut carrier, mut relay) = connected().await;
+        let reading = tokio::spawn(async move {
+            let mut read = Vec::new();
+            relay.read_to_end(&mut read).await.map(|_| read)
+        });
         let mut expected = Vec::new();
         for at in 0..100_u8 {
             let frame = Bytes::from(vec![at; 5000]);
             expected.extend_from_slice(&frame);
             if at % 3 == 0 { carrier.write_all(&frame).await.unwrap() } else { carrier.push(frame) }
         }
-        let reading = tokio::spawn(async move {
-            let mut read = Vec::new();
-            relay.read_to_end(&mut read).await.map(|_| read)
-        });
         carrier.shutdown().await.unwrap();
         drop(carrier);
         assert!(reading.await.unwrap().unwrap() == expected);

@@ -261,8 +261,8 @@ impl Paths {
         self.attend(now);
     }
 
-    /// Asks the responders as long as some link has no path. One that has a path keeps what a NAT remembers of the socket
-    /// alive by itself, and asks anew when it is lost.
+    /// Asks the responders as long as some link has no path. A path through a NAT keeps alive what that remembers of the socket;
+    /// where all paths are near ones the address may be old, and is asked for anew with the next link.
     fn attend(&mut self, now: Instant) {
         let mut agents = self.agents.keys().filter_map(|mapped| self.agents.get(mapped));
         self.reflexive.set_active(agents.any(|agent| agent.path().is_none()), now);

@@ -56,6 +56,9 @@ pub(super) const RELAY_QUEUE_BYTES: usize = 64 * 10 * 1472;
 /// 10 ms at 400 MB/s. They have come all the way: to drop them costs more than to keep them.
 const ARRIVED_BYTES: usize = 4 * 1024 * 1024;
 
+/// What a batch costs besides its packets: its place in the queue and two small allocations.
+const ENTRY_BYTES: usize = 128;
+
 /// How long a link waits for the uplink to take its packets before it looks again whether it has another path.
 const RELAY_PATIENCE: Duration = Duration::from_millis(25);
 
@@ -111,7 +114,7 @@ pub(super) struct Relayed {
 
 impl Weigh for Relayed {
     fn weight(&self) -> usize {
-        self.packets.len()
+        self.packets.len() + ENTRY_BYTES
     }
 }
 
@@ -157,7 +160,8 @@ impl Switch {
         }
     }
 
-    fn count_stray(&self) {
+    /// Counts what came and belongs to nobody.
+    pub(super) fn count_stray(&self) {
         self.stray.fetch_add(1, Ordering::Relaxed);
     }
 }
@@ -193,6 +197,8 @@ pub(super) struct MappedSocket {
     /// Whether the last batch was held back because the uplink has enough: the link that gave it asks next when it may
     /// send again, on the same thread.
     held_back: AtomicBool,
+    /// Whether who sends next has asked whether it may, and so can wait: QUIC's endpoint sends answers of its own without asking.
+    asked: AtomicBool,
 }
 
 impl fmt::Debug for MappedSocket {
@@ -219,6 +225,7 @@ impl MappedSocket {
             epoch: Instant::now(),
             turn: AtomicUsize::new(0),
             held_back: AtomicBool::new(false),
+            asked: AtomicBool::new(false),
         }
     }
 
@@ -272,7 +279,6 @@ impl MappedSocket {
             return Ok(());
         }
         if self.switch.to_relay.is_half_full() {
-            self.held_back.store(true, Ordering::Relaxed);
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let whole_packets = (FRAME_BYTES / packet.max(1)).max(1) * packet;
@@ -376,6 +382,7 @@ impl AsyncUdpSocket for MappedSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let can_wait = self.asked.swap(false, Ordering::Relaxed);
         let Some(remote) = self.switch.routes.by_mapped(transmit.destination) else {
             self.switch.count_stray();
             return Ok(());
@@ -384,13 +391,22 @@ impl AsyncUdpSocket for MappedSocket {
         match (direct, &self.udp, remote.slot()) {
             (Some(to), Some(udp), slot) => {
                 let is_copied = remote.is_doubted() && !self.switch.to_relay.is_half_full();
-                if let Some(slot) = slot.filter(|_| is_copied) {
+                let copied_to = slot.filter(|_| is_copied);
+                if let Some(slot) = copied_to {
                     self.send_relayed(&remote, slot, transmit)?;
                 }
                 let kept = remote.kept(to);
-                self.send_direct(kept.as_ref().unwrap_or(udp), &remote, to, transmit)?;
+                match self.send_direct(kept.as_ref().unwrap_or(udp), &remote, to, transmit) {
+                    // The copy is on its way: who tries again would send it once more.
+                    Err(error) if copied_to.is_some() && error.kind() == io::ErrorKind::WouldBlock => {}
+                    sent => sent?,
+                }
             }
-            (_, _, Some(to)) => return self.send_relayed(&remote, to, transmit),
+            (_, _, Some(to)) => {
+                let sent = self.send_relayed(&remote, to, transmit);
+                self.held_back.store(sent.is_err() && can_wait, Ordering::Relaxed);
+                return sent;
+            }
             (_, _, None) => self.switch.count_stray(),
         }
         Ok(())
@@ -451,7 +467,17 @@ impl fmt::Debug for Writable {
 
 impl UdpPoller for Writable {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = &mut *self;
+        let writable = self.poll_room(cx);
+        if writable.is_ready() {
+            self.socket.asked.store(true, Ordering::Relaxed);
+        }
+        writable
+    }
+}
+
+impl Writable {
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self;
         if this.waiting.is_none() && this.socket.held_back.swap(false, Ordering::Relaxed) {
             let switch = Arc::clone(&this.socket.switch);
             this.waiting = Some(Box::pin(async move {

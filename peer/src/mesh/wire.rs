@@ -2,8 +2,8 @@
 //!
 //! In: frames of the mesh (before everything else), Datagram frames from the links. Out: frames from the relay, of which
 //! Datagrams go straight to the links and all others to the mesh.
-//! Never holds more than the WebSocket's own buffers: when the relay does not read, messages wait with the mesh and the
-//! oldest datagrams are dropped; when the mesh does not read, the relay is not read.
+//! Never holds more than the WebSocket's own buffers: when the relay does not read, messages wait with the mesh and links are held
+//! back; when the mesh does not read, the relay is not read.
 //! Bounds: [`READ_BUDGET`] frames a turn before writing gets its turn; those of [`super::carrier`].
 
 use std::{
@@ -82,6 +82,8 @@ pub(super) struct Wire {
     inbound: mpsc::Sender<FromRelay>,
     waiting: Option<FromRelay>,
     leaving: bool,
+    /// Whether the relay said goodbye: nothing goes out behind the answer to that (RFC 6455 §5.5.1).
+    closed: bool,
     /// The number of the last ping, and when it was written.
     pinged: (u32, Option<Instant>),
 }
@@ -96,7 +98,7 @@ impl Wire {
     ) -> Self {
         // What piled up for an earlier connection names slots that are gone.
         switch.to_relay.clear();
-        Self { socket, switch, outbound, inbound, waiting: None, leaving: false, pinged: (0, None) }
+        Self { socket, switch, outbound, inbound, waiting: None, leaving: false, closed: false, pinged: (0, None) }
     }
 
     /// Reads and writes until the connection ends.
@@ -136,7 +138,7 @@ impl Wire {
             }
             let next = Pin::new(&mut self.socket).poll_next(cx);
             for taken in self.socket.get_mut().taken() {
-                self.take(taken)?;
+                self.take(taken);
             }
             let Some(message) = ready!(next) else { return Poll::Ready(Err(WireFault::Closed)) };
             self.sort(message.map_err(Box::new)?)?;
@@ -145,11 +147,14 @@ impl Wire {
     }
 
     /// A Datagram frame that the WebSocket library did not see.
-    fn take(&self, taken: Taken) -> Result<(), WireFault> {
-        if let RelayFrame::Datagram(datagram) = RelayFrame::read(&taken.into_payload())? {
-            self.switch.relayed(datagram);
+    fn take(&self, taken: Taken) {
+        match RelayFrame::read(&taken.into_payload()) {
+            Ok(RelayFrame::Datagram(datagram)) => self.switch.relayed(datagram),
+            // Whoever sent it wants this connection to end.
+            Ok(RelayFrame::Message { .. } | RelayFrame::MulticastShare { .. } | RelayFrame::Control(_)) | Err(_) => {
+                self.switch.count_stray()
+            }
         }
-        Ok(())
     }
 
     fn sort(&mut self, message: Message) -> Result<(), WireFault> {
@@ -163,7 +168,8 @@ impl Wire {
             },
             Message::Pong(payload) => self.waiting = Some(FromRelay::Heard(self.round_trip(&payload))),
             Message::Ping(_) => self.waiting = Some(FromRelay::Heard(None)),
-            Message::Text(_) | Message::Close(_) | Message::Frame(_) => {}
+            Message::Close(_) => self.closed = true,
+            Message::Text(_) | Message::Frame(_) => {}
         }
         Ok(())
     }
@@ -189,6 +195,9 @@ impl Wire {
     }
 
     fn next(&mut self, cx: &mut Context<'_>) -> Option<Outgoing> {
+        if self.closed {
+            return None;
+        }
         if !self.leaving {
             match self.outbound.poll_recv(cx) {
                 Poll::Ready(Some(ToRelay::Frame(frame))) => return Some(Outgoing::Message(Message::Binary(frame))),

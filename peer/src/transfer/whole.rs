@@ -2,7 +2,7 @@
 //!
 //! In: verified ranges while they are still in memory. Out: the hash. Ranges ahead of the hashed prefix wait in memory,
 //! up to [`STASH`] of them; what did not wait is read from the file again, mostly from the page cache. Whoever brings
-//! a range hashes what has become due, unless somebody is at it already, so hashing never delays a range.
+//! a range hashes what has become due, unless somebody is at it already; on two processors the next range waits that long.
 
 use std::{
     collections::BTreeMap,

@@ -111,7 +111,8 @@ impl Delivery {
         let before = self.points.front()?;
         let as_received = now.saturating_duration_since(before.at);
         let as_sent = sent.saturating_duration_since(before.sent);
-        let nanos = as_received.max(as_sent).as_nanos();
+        // A packet that left before anything that is remembered (the model was made anew) still took its round trip.
+        let nanos = as_received.max(as_sent).max(now.saturating_duration_since(sent)).as_nanos();
         let bytes = u128::from(self.delivered - before.delivered);
         let rate = (bytes * 1_000_000_000).checked_div(nanos)?;
         Some(Sample {

@@ -18,7 +18,7 @@ pub const KEEP_ALIVE_FIRST: Duration = Duration::from_secs(15);
 /// The shortest interval: a path that needs more than twelve packets a minute is better relayed while it is idle.
 pub const KEEP_ALIVE_LEAST: Duration = Duration::from_secs(5);
 
-/// How much an interval grows that was lived through: from the first to the longest in three minutes.
+/// How much an interval grows that was lived through: from the first to the longest in a minute and a half.
 const STEP: Duration = Duration::from_secs(1);
 
 /// Time after which it is forgotten that a binding died.

@@ -199,6 +199,8 @@ impl Current {
     /// The other side checked it, or sent what only it can have made, and is answered.
     pub(super) fn on_heard(&mut self, now: Instant) {
         self.heard_at = now;
+        // What was sent since was its acknowledgement, and nobody answers that.
+        self.silent_since = None;
         self.sent(now);
     }
 

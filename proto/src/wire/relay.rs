@@ -250,6 +250,10 @@ impl<'a> PeerFrame<'a> {
             }
             FrameKind::Datagram => {
                 need(frame, DATAGRAM_HEADER_BYTES)?;
+                // Its receiver could not read it: the fault is the sender's.
+                if u16_at(frame, 6)? == 0 {
+                    return Err(Malformed::InconsistentLength);
+                }
                 Ok(Self::Datagram { to: slot_at(frame, SLOT_OFFSET)? })
             }
             FrameKind::Multicast => Ok(Self::Multicast(Multicast::split(frame)?)),

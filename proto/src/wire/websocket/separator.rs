@@ -11,6 +11,8 @@ const MAX_SERVER_HEADER_BYTES: usize = MAX_HEADER_BYTES - 4;
 /// In a frame's first byte: whether it is the last of its message, and its opcode (RFC 6455 §5.2).
 const FINAL: u8 = 0x80;
 const OPCODE: u8 = 0x0f;
+/// Opcode of the last frame: what comes behind it is the library's to judge (RFC 6455 §5.5.1).
+const CLOSE: u8 = 8;
 /// Highest opcode of a frame with data; 0 continues a message, 1 is text, 2 binary.
 const LAST_DATA: u8 = 2;
 
@@ -134,8 +136,10 @@ impl Separator {
     }
 
     fn pass(&mut self, head: &[u8], header: usize, payload: u64, library: &mut Vec<u8>) -> State {
-        if head[0] & OPCODE <= LAST_DATA {
-            self.is_fragmented = head[0] & FINAL == 0;
+        match head[0] & OPCODE {
+            ..=LAST_DATA => self.is_fragmented = head[0] & FINAL == 0,
+            CLOSE => self.takes = false,
+            _ => {}
         }
         library.extend_from_slice(head);
         match payload - (head.len() - header) as u64 {
