@@ -3,7 +3,7 @@
 //! In: commands of handles, the relay's frames, what links and the socket tell, outcomes of services. Out: frames, STUN
 //! packets, calls of [`Serve`], the roster. It decides nothing that a machine of the core decides.
 //! Runs until every handle is gone or one shuts it down; then it says goodbye to the relay and to every link.
-//! Bounds: [`BATCH`] inputs a turn, [`serving::MAX_SERVING`] requests being worked on; its queues are bounded where they are made.
+//! Bounds: [`BATCH`] inputs a turn, those of [`serving`]; its queues are bounded where they are made.
 
 use std::{
     collections::HashMap,
