@@ -502,7 +502,8 @@ async fn a_job_that_is_cancelled_while_its_record_is_written_never_runs() {
     let file = host.folder.path().join("state.db");
     host.store = Store::at(file.clone());
     host.jobs = Jobs::new(host.store.clone(), host.config.clone());
-    assert_eq!(host.jobs.recover().await.unwrap(), 0);
+    assert_eq!(state(&host.finish(shell("true")).await), &EndState::Exited(0));
+    host.store.flush().await;
     let writer = rusqlite::Connection::open(file).unwrap();
     writer.execute_batch("BEGIN IMMEDIATE").unwrap();
     let (id, spec) = (fresh_id(), host.inside(shell("echo x > ran; sleep 1000")));
