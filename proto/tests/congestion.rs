@@ -12,7 +12,7 @@ mod cubic;
 #[path = "congestion/sender.rs"]
 mod sender;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bottleneck::{Path, Sum, World};
 use cubic::Cubic;
@@ -272,7 +272,7 @@ fn when_nothing_arrived_for_long_a_path_begins_anew_with_a_few_packets() {
 fn what_arrives_late_after_a_new_beginning_says_nothing_of_the_rate() {
     let (packet, round_trip) = (u64::from(PACKET), Duration::from_millis(100));
     let mut model = RateModel::new(PACKET);
-    let start = Instant::now() + round_trip;
+    let start = bottleneck::beginning() + round_trip;
     model.handle_sent(start - round_trip);
     model.handle_loss(packet, true);
     model.handle_sent(start);

@@ -229,6 +229,6 @@ impl World {
 
 /// When a simulation begins. Only differences from it count.
 #[expect(clippy::disallowed_methods, reason = "an Instant cannot be made in any other way")]
-fn beginning() -> Instant {
+pub(super) fn beginning() -> Instant {
     Instant::now()
 }
