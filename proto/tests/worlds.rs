@@ -20,7 +20,8 @@ use std::{
 
 use peerfleet_proto::path::{
     PACE, ROUND_MAX, ROUND_MIN, UPGRADE,
-    direct::{GRACE, KEEP_ALIVE},
+    direct::{GRACE, KEEP_ALIVE, SUSPICION},
+    search::{PAUSES, SETTLE, round::ROUND},
 };
 
 #[path = "sim/chance.rs"]
@@ -33,6 +34,8 @@ mod internet;
 mod nat;
 #[path = "sim/peer.rs"]
 mod peer;
+#[path = "sim/seeker.rs"]
+mod seeker;
 #[path = "sim/verdict.rs"]
 mod verdict;
 #[path = "sim/world.rs"]
@@ -42,7 +45,7 @@ use chance::Fault;
 use clock::Dice;
 use internet::{CALM, Families, Internet, Router, WORLD, Weather};
 use nat::{FILTERS, Filter, MAPPINGS, Mapping, Nat};
-use verdict::{Verdict, WITH_SEARCH};
+use verdict::{Aim, Verdict};
 use world::{RELAY_NOTICED, World};
 
 /// How many random worlds are lived through.
@@ -56,6 +59,12 @@ const FOUND: Duration = Duration::from_secs(10);
 
 /// The same where packets are lost, up to one in five: up to four rounds.
 const FOUND_DESPITE_LOSS: Duration = Duration::from_secs(80);
+
+/// Time in which a search has made its first round, from when both sides look for a path.
+const FIRST_ROUND: Duration = Duration::from_secs(SETTLE.as_secs() + ROUND.as_secs() + 5);
+
+/// Time in which it has made all its rounds.
+const ALL_ROUNDS: Duration = Duration::from_secs(FIRST_ROUND.as_secs() + PAUSES[0].as_secs() + PAUSES[1].as_secs());
 
 /// Longest time for which a side hears nothing while the relay is there: a machine that roams and is told so 5 s later. A path
 /// that dies beneath traffic costs half of it in the worst of worlds.
@@ -86,6 +95,10 @@ const BEGINNING: &str = "beginning";
 struct Phase {
     kind: &'static str,
     verdict: Verdict,
+    /// No packet was lost by chance.
+    is_calm: bool,
+    /// Rounds of a search had failed before, in what it was then.
+    is_spent: bool,
     /// Both sides came to have a direct path.
     direct: bool,
     /// When the last side found its path.
@@ -125,9 +138,46 @@ fn twenty_thousand_worlds_end_as_the_oracle_says() {
     failures.sort_unstable();
     let told: Vec<_> = failures.iter().take(8).map(|(seed, why)| format!("world {seed}: {why}")).collect();
     assert!(failures.is_empty(), "{} of {WORLDS} worlds failed:\n{}", failures.len(), told.join("\n"));
+    assert_searches_keep_their_odds(&lives);
     let [restarts, blocked] = ["router restarts", "UDP blocked"].map(|kind| pauses(&lives, kind));
     assert!(restarts[restarts.len() * 95 / 100] <= PAUSE_AFTER_RESTART);
     assert!(blocked[blocked.len() - 1] <= PAUSE_WITHOUT_UDP);
+}
+
+/// What searches promise: each round finds a port with the odds of [`Aim::odds`], and rounds that miss are made again. Rounds that
+/// were made in vain, while nothing passed, are not made again for what passes now. Where both routers count, the one try is lost to
+/// whatever else they pass meanwhile: that is told, and held to nothing.
+fn assert_searches_keep_their_odds(lives: &[Life]) {
+    let searches = |aim| {
+        let phases = lives.iter().flat_map(|life| &life.phases);
+        phases.filter(move |phase| phase.verdict == Verdict::Searched(aim) && !phase.is_spent)
+    };
+    // Where packets are lost, or a router counted on meanwhile, the second round probes other ports as well.
+    for (aim, odds) in [(Aim::Next, Aim::All.odds()), (Aim::Block, Aim::Block.odds()), (Aim::All, Aim::All.odds())] {
+        assert_odds(searches(aim).map(|phase| phase.direct), odds, &format!("{aim:?}, all rounds"));
+    }
+    let calm = |aim| searches(aim).filter(|phase| phase.kind == BEGINNING && phase.is_calm);
+    let at_once = |phase: &Phase| phase.found.is_some_and(|found| found <= FIRST_ROUND);
+    assert_odds(calm(Aim::Next).map(at_once), Aim::Next.odds(), "Next, first round");
+    assert_odds(calm(Aim::All).map(at_once), Aim::All.odds(), "All, first round");
+}
+
+fn assert_odds(successes: impl Iterator<Item = bool> + Clone, odds: f64, what: &str) {
+    let (tries, missed) = (successes.clone().count(), successes.filter(|success| !success).count());
+    let most = most_failures(tries, odds);
+    assert!(missed <= most, "{what}: {missed} of {tries} missed, {most} are to be expected at most");
+}
+
+/// The most failures among so many tries that are chance: there are more once in a million times (binomial distribution).
+fn most_failures(tries: usize, odds: f64) -> usize {
+    let mut probability = (0..tries).fold(1.0, |all, _| all * odds);
+    let (mut sum, mut failures) = (probability, 0);
+    while 1.0 - sum > 1e-6 && failures < tries {
+        probability *= (1.0 - odds) / odds * (tries - failures) as f64 / (failures + 1) as f64;
+        failures += 1;
+        sum += probability;
+    }
+    failures
 }
 
 #[test]
@@ -159,13 +209,18 @@ fn every_pair_of_routers_ends_as_the_oracle_says() {
             let mut world = apart([one, other], seed);
             let context = format!("seed {seed}: {one:?} and {other:?}");
             assert_eq!(world.verdict(), by_the_book(one, other), "{context}");
-            if world.verdict().is_possible() {
-                assert!(world.run_until(FOUND, World::both_direct).is_some(), "{context}");
-                world.run_for(Duration::from_secs(40));
-                assert!(world.both_direct() && world.paths_carry(), "{context}");
-            } else {
-                world.run_for(Duration::from_secs(40));
-                assert!(world.none_direct(), "the oracle is wrong: {context}");
+            match world.verdict() {
+                verdict @ (Verdict::Direct | Verdict::Searched(_)) => {
+                    let time = if verdict == Verdict::Direct { FOUND } else { ALL_ROUNDS };
+                    assert!(world.run_until(time, World::both_direct).is_some(), "{context}");
+                    world.run_for(Duration::from_secs(40));
+                    assert!(world.both_direct() && world.paths_carry(), "{context}");
+                }
+                Verdict::Unseen | Verdict::BothHard | Verdict::Severed => {
+                    world.run_for(Duration::from_secs(40));
+                    assert!(world.none_direct(), "the oracle is wrong: {context}");
+                }
+                Verdict::AgainstOdds => {}
             }
         }
     }
@@ -180,16 +235,25 @@ fn by_the_book(one: Nat, other: Nat) -> Verdict {
         (Mapping::Address, Filter::Address) => "symmetric by address, restricted",
         (Mapping::Port, Filter::Independent) => "symmetric, open",
         (Mapping::Port, Filter::Address) => "symmetric, restricted",
-        (Mapping::Address | Mapping::Port, Filter::Port) => "symmetric, port-restricted",
+        (Mapping::Address, Filter::Port) => "symmetric by address, port-restricted",
+        (Mapping::Port, Filter::Port) => "symmetric, port-restricted",
     };
     match [strictness(one), strictness(other)] {
         [a, b] if !a.starts_with("symmetric") && !b.starts_with("symmetric") => Verdict::Direct,
         ["cone", _] | [_, "cone"] => Verdict::Direct,
-        ["port-restricted", _] | [_, "port-restricted"] => Verdict::NotWithoutSearch,
-        ["symmetric by address, open", b] if b != "symmetric, port-restricted" => Verdict::Direct,
-        [a, "symmetric by address, open"] if a != "symmetric, port-restricted" => Verdict::Direct,
+        ["port-restricted", hard] | [hard, "port-restricted"] if hard.starts_with("symmetric by address") => {
+            Verdict::Unseen
+        }
+        ["port-restricted", _] | [_, "port-restricted"] => Verdict::Searched(Aim::All),
+        ["symmetric by address, open", b] if !b.ends_with("port-restricted") => Verdict::Direct,
+        [a, "symmetric by address, open"] if !a.ends_with("port-restricted") => Verdict::Direct,
         ["symmetric, open", "symmetric by address, restricted"] => Verdict::Direct,
         ["symmetric by address, restricted", "symmetric, open"] => Verdict::Direct,
+        ["symmetric, restricted", "symmetric by address, restricted"] => Verdict::Searched(Aim::All),
+        ["symmetric by address, restricted", "symmetric, restricted"] => Verdict::Searched(Aim::All),
+        [a, b] if a.starts_with("symmetric by address") != b.starts_with("symmetric by address") => {
+            Verdict::AgainstOdds
+        }
         _ => Verdict::BothHard,
     }
 }
@@ -317,15 +381,27 @@ fn two_hard_routers_leave_the_relay_and_are_not_troubled() {
 }
 
 #[test]
-fn a_hard_router_meets_one_that_hears_new_ports_and_not_one_that_does_not() {
+fn a_hard_router_meets_one_that_hears_new_ports_at_once_and_another_by_search() {
     for filter in FILTERS {
         let mut world = apart([Nat::SYMMETRIC, Nat::new(Mapping::Independent, filter)], 10);
-        if filter == Filter::Port && !WITH_SEARCH {
-            assert_eq!(world.verdict(), Verdict::NotWithoutSearch);
-            assert_relayed(&mut world);
-        } else {
-            assert_direct(&mut world);
-        }
+        let found = world.run_until(FIRST_ROUND, World::both_direct).unwrap();
+        let is_searched = world.verdict() == Verdict::Searched(Aim::All);
+        assert_eq!((is_searched, found > SETTLE), (filter == Filter::Port, filter == Filter::Port), "{found:?}");
+        assert!(world.paths_carry());
+    }
+}
+
+#[test]
+fn a_path_that_a_search_found_is_kept_for_an_hour_and_found_again_when_the_router_forgets_it() {
+    for seed in 0..10 {
+        let mut world = apart([Nat::SYMMETRIC, Nat::PORT_RESTRICTED], seed);
+        assert!(world.run_until(ALL_ROUNDS, World::both_direct).is_some(), "seed {seed}");
+        let before = world.peers.each_ref().map(|peer| peer.changes.len());
+        world.run_for(Duration::from_secs(3600));
+        assert_eq!(world.peers.each_ref().map(|peer| peer.changes.len()), before, "seed {seed}");
+        world.internet.restart_router(0, seed % 2 == 0);
+        world.run_for(DETECTION);
+        assert!(world.run_until(ALL_ROUNDS, World::both_direct).is_some() && world.paths_carry(), "seed {seed}");
     }
 }
 
@@ -338,7 +414,7 @@ fn two_dozen_bridges_of_containers_hide_no_path() {
             internet.add_machine(realm, Families::V4)
         });
         for machine in &mut internet.machines {
-            machine.bridges = (0..24).map(|at| [172, 17 + at, 0, 1].into()).collect();
+            machine.bridges = (0..24).map(|at| [172, 17 + at % 12, at / 12, 1].into()).collect();
         }
         assert_direct(&mut World::new(internet, machines, Dice::new(seed)));
     }
@@ -399,6 +475,57 @@ fn one_that_roams_is_heard_by_the_relay_and_soon_directly() {
         let found = world.run_until(DETECTION, |world| world.both_direct() && world.peers[1].path() != before);
         assert!(found.is_some() && world.paths_carry(), "seed {seed}");
         assert!(world.longest_pause() <= SILENCE, "seed {seed}: {:?}", world.longest_pause());
+    }
+}
+
+#[test]
+fn a_dead_path_is_cleared_in_bounded_time_and_comes_back() {
+    for seed in 0..200 {
+        let mut dice = Dice::new(seed);
+        let nats = std::iter::repeat_with(|| [0; 2].map(|_| chance::nat(&mut dice)));
+        let pairs = nats.map(|nats| apart(nats, seed));
+        let mut world = pairs.into_iter().find(|world| world.verdict() == Verdict::Direct).unwrap();
+        assert_direct(&mut world);
+        world.run_for(dice.millis(2000, 20_000));
+        world.set_traffic(seed % 2 == 0);
+        world.run_for(Duration::from_secs(2));
+        world.internet.down = true;
+        let idle = if world.traffic { SUSPICION.max(Duration::from_secs(1)) } else { KEEP_ALIVE };
+        // What is under way still arrives; four round trips may be longer than the grace.
+        let slack = Duration::from_millis(world.internet.weather.delay_ms.1 * 10);
+        assert!(world.run_until(idle + GRACE + slack, World::none_direct).is_some(), "not cleared: seed {seed}");
+        world.run_for(dice.millis(0, 60_000));
+        assert!(world.none_direct(), "a path through nothing: seed {seed}");
+        world.internet.down = false;
+        assert!(world.run_until(Duration::from_secs(100), World::both_direct).is_some(), "not back: seed {seed}");
+    }
+}
+
+#[test]
+fn routers_that_restart_at_the_same_time_delay_a_path_and_do_not_end_it() {
+    for seed in 0..100 {
+        let mut world = direct([Nat::ADDRESS_RESTRICTED, Nat::PORT_RESTRICTED], seed);
+        let before = world.peers.each_ref().map(|peer| peer.changes.len());
+        (1..=2).for_each(|realm| world.internet.restart_router(realm, false));
+        let is_new = |world: &World| world.peers.iter().zip(before).all(|(peer, before)| peer.changes.len() > before);
+        // A keep-alive interval, the grace, and the refresh of the outer address with its way to the other side.
+        let found = world.run_until(Duration::from_secs(45), |world| world.both_direct() && is_new(world));
+        assert!(found.is_some() && world.paths_carry(), "seed {seed}");
+    }
+}
+
+#[test]
+fn two_that_roam_at_once_meet_again_within_six_seconds() {
+    for seed in 0..60 {
+        let mut world = direct([Nat::PORT_RESTRICTED; 2], seed);
+        let before = world.peers.each_ref().map(|peer| peer.changes.len());
+        for at in 0..2 {
+            let realm = world.internet.add_site(WORLD, Router::new(Nat::PORT_RESTRICTED));
+            world.roam(world.peers[at].machine, realm, Families::V4, Duration::ZERO);
+        }
+        let is_new = |world: &World| world.peers.iter().zip(before).all(|(peer, before)| peer.changes.len() > before);
+        let found = world.run_until(Duration::from_secs(6), |world| world.both_direct() && is_new(world));
+        assert!(found.is_some() && world.paths_carry(), "seed {seed}");
     }
 }
 
@@ -661,34 +788,41 @@ fn relay_gone(world: &mut World, time: Duration, story: &mut String) -> Result<V
 /// Waits until all is as the oracle says.
 fn settled(world: &mut World, kind: &'static str, story: &mut String) -> Result<Phase, String> {
     let (began, verdict, time_to_find) = (world.now, world.verdict(), time_to_find(world, kind));
+    let is_spent = world.peers.iter().any(|peer| peer.seeker.failed() > 0);
     let changes = world.peers.each_ref().map(|peer| peer.changes.len());
     if kind != BEGINNING {
         world.run_for(DETECTION);
     }
-    if verdict.is_possible() {
-        if world.run_until(time_to_find, World::both_direct).is_none() {
-            tell_changes(world, story);
-            return Err(format!("{kind}: not direct, though {verdict:?}"));
+    match verdict {
+        Verdict::Direct => {
+            if world.run_until(time_to_find, World::both_direct).is_none() {
+                tell_changes(world, story);
+                return Err(format!("{kind}: not direct, though {verdict:?}"));
+            }
         }
-    } else {
-        world.run_for(DETECTION);
-        if verdict == Verdict::Severed && !world.none_direct() {
-            tell_changes(world, story);
-            return Err(format!("{kind}: direct, though {verdict:?}"));
+        // Some are missed, as the odds have it: they are counted when all is over.
+        Verdict::Searched(_) => _ = world.run_until(time_to_find + ALL_ROUNDS, World::both_direct),
+        Verdict::AgainstOdds | Verdict::Unseen | Verdict::BothHard | Verdict::Severed => {
+            world.run_for(DETECTION);
+            if verdict == Verdict::Severed && !world.none_direct() {
+                tell_changes(world, story);
+                return Err(format!("{kind}: direct, though {verdict:?}"));
+            }
         }
     }
     let pause = world.traffic.then(|| world.longest_pause());
     honest(world, story)?;
     let new = |at: usize| world.peers[at].changes[changes[at]..].iter();
     let found = (0..2).flat_map(new).filter(|(_, path)| path.is_some()).map(|(at, _)| *at - began).max();
-    let direct = verdict.is_possible() || world.both_direct();
+    let direct = verdict == Verdict::Direct || world.both_direct();
+    let is_calm = world.internet.weather.loss_percent == 0;
     let elapsed = world.elapsed();
     writeln!(story, "{elapsed:?}: {kind}: {verdict:?}, direct {direct}, found {found:?}, pause {pause:?}").unwrap();
     if pause.is_some_and(|pause| pause > SILENCE) {
         tell_changes(world, story);
         return Err(format!("{kind}: nothing heard for {pause:?}"));
     }
-    Ok(Phase { kind, verdict, direct, found, pause })
+    Ok(Phase { kind, verdict, is_calm, is_spent, direct, found, pause })
 }
 
 fn time_to_find(world: &World, kind: &str) -> Duration {
@@ -728,7 +862,8 @@ fn tell_changes(world: &World, story: &mut String) {
     for peer in &world.peers {
         let began = world.now - world.elapsed();
         let changes: Vec<_> = peer.changes.iter().map(|(at, path)| (*at - began, path)).collect();
-        writeln!(story, "now {:?}, candidates {:?}, changes {changes:?}", world.elapsed(), peer.candidates()).unwrap();
+        writeln!(story, "now {:?}, {:?}, changes {changes:?}", world.elapsed(), peer.whereabouts()).unwrap();
+        writeln!(story, "search {:?} after {} rounds", peer.seeker.standing(), peer.seeker.failed()).unwrap();
     }
 }
 
@@ -758,11 +893,12 @@ fn figures(lives: &[Life]) -> String {
     kinds.sort_unstable();
     kinds.dedup();
     for kind in kinds {
-        let possible = || phases().filter(|phase| phase.kind == kind && phase.verdict.is_possible());
-        let found = spread(possible().filter_map(|phase| phase.found).collect());
+        let possible = phases().filter(|phase| phase.kind == kind && phase.verdict == Verdict::Direct);
+        let found = spread(possible.filter_map(|phase| phase.found).collect());
         let pause = spread(pauses(lives, kind));
         writeln!(text, "  {kind}: found {found}; pause {pause}").unwrap();
     }
+    text.push_str(&searched(lives));
     let lived = lives.iter().map(|life| life.lived).sum::<Duration>();
     let mean = lives.iter().map(|life| life.sent).sum::<u64>() as f64 / 2.0 / lived.as_secs_f64();
     let peak = lives.iter().map(|life| life.peak).max().unwrap_or_default();
@@ -773,6 +909,41 @@ fn figures(lives: &[Life]) -> String {
     )
     .unwrap();
     text
+}
+
+/// What searches found.
+fn searched(lives: &[Life]) -> String {
+    let mut text = String::new();
+    for aim in [Aim::Next, Aim::Block, Aim::All, Aim::Meet] {
+        for name in SEARCHES {
+            let phases = || lives.iter().flat_map(|life| &life.phases);
+            let of_aim = || phases().filter(|phase| phase.verdict == Verdict::Searched(aim));
+            let these = || of_aim().filter(|phase| SEARCHES[circumstances(phase)] == name);
+            let (all, direct) = (these().count(), these().filter(|phase| phase.direct).count());
+            let first = these().filter(|phase| phase.found.is_some_and(|found| found <= FIRST_ROUND)).count();
+            let found = spread(these().filter_map(|phase| phase.found).collect());
+            writeln!(text, "  searched, {aim:?}, {name}: {all}, direct {direct}, at once {first}; found {found}")
+                .unwrap();
+        }
+    }
+    text
+}
+
+/// The circumstances of searches.
+const SEARCHES: [&str; 4] = [
+    "from the beginning, nothing lost",
+    "from the beginning, despite loss",
+    "after something befell it",
+    "after rounds in vain",
+];
+
+fn circumstances(phase: &Phase) -> usize {
+    match (phase.kind == BEGINNING, phase.is_calm, phase.is_spent) {
+        (true, true, _) => 0,
+        (true, false, _) => 1,
+        (false, _, false) => 2,
+        (false, _, true) => 3,
+    }
 }
 
 /// The pauses after what is called so, shortest first.

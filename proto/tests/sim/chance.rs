@@ -138,7 +138,7 @@ fn machine(internet: &mut Internet, realm: usize, dice: &mut Dice) -> usize {
         80..=97 => 1,
         _ => 24,
     };
-    internet.machines[machine].bridges = (0..bridges).map(|at| [172, 17 + at, 0, 1].into()).collect();
+    internet.machines[machine].bridges = (0..bridges).map(|at| [172, 17 + at % 12, at / 12, 1].into()).collect();
     machine
 }
 

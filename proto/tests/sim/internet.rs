@@ -28,6 +28,10 @@ pub(crate) const RESPONDERS: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1)), 3478),
 ];
 
+/// The same on its second port, which tells whether a router maps each destination anew.
+pub(crate) const WITNESSES: [SocketAddr; 2] =
+    [SocketAddr::new(RESPONDERS[0].ip(), 3479), SocketAddr::new(RESPONDERS[1].ip(), 3479)];
+
 /// One way within a machine, within a realm, and between the customers of one carrier.
 const LOOPBACK_DELAY: Duration = Duration::from_micros(30);
 const LAN_DELAY: Duration = Duration::from_micros(200);
@@ -277,7 +281,7 @@ impl Internet {
                     return None;
                 }
                 Some(_) => return (!self.realms[realm].isolated).then_some((from, realm)),
-                None if realm == WORLD => return RESPONDERS.contains(&to).then_some((from, realm)),
+                None if realm == WORLD => return is_responder(to).then_some((from, realm)),
                 None => {
                     let (outer, outside) = self.leave(realm, from, to, now)?;
                     (left, from, realm) = (Some(realm), outer, outside);
@@ -297,7 +301,7 @@ impl Internet {
         let Flying { from, mut to, place, bytes } = flying;
         let machine = match place {
             Place::Machine(machine) => machine,
-            Place::Realm(WORLD) if RESPONDERS.contains(&to) => {
+            Place::Realm(WORLD) if is_responder(to) => {
                 self.respond(from, to, &bytes, now);
                 return None;
             }
@@ -371,6 +375,10 @@ impl Internet {
             self.cross(Flying { from: responder, to: asker, place: Place::Realm(WORLD), bytes: answer }, now);
         }
     }
+}
+
+fn is_responder(addr: SocketAddr) -> bool {
+    RESPONDERS.contains(&addr) || WITNESSES.contains(&addr)
 }
 
 impl Machine {

@@ -52,11 +52,16 @@ pub(crate) enum Ports {
     Sequential,
     /// Any.
     Random,
+    /// Any of a block that every host within has for itself (RFC 7422).
+    Block,
 }
+
+/// How many ports a block has: blocks are 63 in number, and begin at multiples of it.
+const BLOCK: u16 = 1024;
 
 pub(crate) const MAPPINGS: [Mapping; 3] = [Mapping::Independent, Mapping::Address, Mapping::Port];
 pub(crate) const FILTERS: [Filter; 3] = [Filter::Independent, Filter::Address, Filter::Port];
-pub(crate) const PORTS: [Ports; 3] = [Ports::Preserving, Ports::Sequential, Ports::Random];
+pub(crate) const PORTS: [Ports; 4] = [Ports::Preserving, Ports::Sequential, Ports::Random, Ports::Block];
 
 /// The rules of one router for one address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +99,8 @@ impl Nat {
 pub(crate) struct Table {
     entries: Vec<Entry>,
     newest_port: u16,
+    /// The lowest port of each host's block.
+    blocks: BTreeMap<IpAddr, u16>,
 }
 
 /// One mapping, and whom it may hear from.
@@ -110,6 +117,7 @@ impl Table {
     /// As after a restart of the router.
     pub(crate) fn forget(&mut self) {
         self.entries.clear();
+        self.blocks.clear();
     }
 
     /// A packet goes out: the address that the other side sees. `outside` is the router's own.
@@ -132,7 +140,7 @@ impl Table {
             let outer = match nat.mapping {
                 Mapping::None => inner,
                 Mapping::Independent | Mapping::Address | Mapping::Port => {
-                    SocketAddr::new(outside, self.choose_port(nat.ports, inner.port(), dice))
+                    SocketAddr::new(outside, self.choose_port(nat.ports, inner, dice))
                 }
             };
             self.entries.push(Entry { inner, outer, bound_to, used: now, sent_to: BTreeMap::new() });
@@ -168,19 +176,43 @@ impl Table {
         Some(entry.inner)
     }
 
-    fn choose_port(&mut self, ports: Ports, inner: u16, dice: &mut Dice) -> u16 {
+    fn choose_port(&mut self, ports: Ports, inner: SocketAddr, dice: &mut Dice) -> u16 {
+        let block = (ports == Ports::Block).then(|| self.block_of(inner.ip(), dice));
         let is_free = |port: &u16| self.entries.iter().all(|one| one.outer.port() != *port);
-        let mut any = std::iter::repeat_with(|| 1024 + dice.below(64_512) as u16);
         let next = |port: u16| if port < 1024 { 1024 } else { port.wrapping_add(1).max(1024) };
         let port = match ports {
-            Ports::Preserving if is_free(&inner) => inner,
-            Ports::Preserving | Ports::Random => any.find(is_free).expect("few of 64,512 ports are taken"),
+            Ports::Preserving if is_free(&inner.port()) => inner.port(),
+            Ports::Preserving | Ports::Random | Ports::Block => {
+                let within = block.and_then(|first| {
+                    let drawn = std::iter::repeat_with(|| first + dice.below(BLOCK.into()) as u16);
+                    drawn.take(usize::from(BLOCK) * 8).find(is_free)
+                });
+                // A block that is full is left.
+                let any = std::iter::repeat_with(|| any_port(dice));
+                within.or_else(|| any.into_iter().find(is_free)).expect("few of 64,512 ports are taken")
+            }
             Ports::Sequential => {
-                let first = if self.newest_port == 0 { any.next().expect("endless") } else { next(self.newest_port) };
+                let first = if self.newest_port == 0 { any_port(dice) } else { next(self.newest_port) };
                 std::iter::successors(Some(first), |port| Some(next(*port))).find(is_free).expect("few are taken")
             }
         };
         self.newest_port = port;
         port
     }
+
+    /// The lowest port of a host's block: one that no other has.
+    fn block_of(&mut self, host: IpAddr, dice: &mut Dice) -> u16 {
+        if let Some(first) = self.blocks.get(&host) {
+            return *first;
+        }
+        let mut drawn = std::iter::repeat_with(|| BLOCK * (1 + dice.below(63) as u16));
+        let free = drawn.find(|first| self.blocks.values().all(|taken| taken != first));
+        let first = free.expect("a router has fewer hosts than blocks");
+        self.blocks.insert(host, first);
+        first
+    }
+}
+
+fn any_port(dice: &mut Dice) -> u16 {
+    1024 + dice.below(64_512) as u16
 }

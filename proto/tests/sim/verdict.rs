@@ -1,11 +1,14 @@
 //! Which pairs can have a direct path: from the topology alone.
 //!
 //! In: who is where, behind which routers. Out: a [`Verdict`]. It looks at no packet, no table and no clock; both sides are
-//! taken to name their own addresses and those that the relay sees, and to answer and check back whoever checks them.
+//! taken to name their own addresses and those that the relay sees, to answer and check back whoever checks them, and to
+//! search where the relay's two ports see that one's port moves.
+
+use peerfleet_proto::path::search::plan::{BLOCK_ODDS, MAX_PROBES, MAX_SOCKETS, odds};
 
 use crate::{
     internet::{Internet, WORLD},
-    nat::{Filter, Mapping},
+    nat::{Filter, Mapping, Ports},
 };
 
 /// What a pair can come to.
@@ -15,22 +18,38 @@ pub(crate) enum Verdict {
     Severed,
     /// Neither's port can be told before, and neither hears strangers: only guessing both ports would do.
     BothHard,
-    /// One's port cannot be told, and the other hears none but ports that it sent to: one port must be found by search.
-    NotWithoutSearch,
+    /// One's port is another for every address, but not for every port of one: the relay sees the same on both of its ports, so
+    /// nobody knows that a search would help.
+    Unseen,
+    /// A search is made, but needs luck: what it finds must meet a second time, or both sides take the ports of one router that the
+    /// other counts on.
+    AgainstOdds,
+    /// One port, or both, must be found by search.
+    Searched(Aim),
     /// Checks of named addresses suffice.
     Direct,
 }
 
-/// Whether the machines under test search for ports. One line to change once they do.
-pub(crate) const WITH_SEARCH: bool = false;
+/// Where the port that is searched for can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Aim {
+    /// Both sides' routers count their ports: each aims at what the other's will come to.
+    Meet,
+    /// Anywhere.
+    All,
+    /// In a block.
+    Block,
+    /// Next to the one before.
+    Next,
+}
 
-impl Verdict {
-    /// Whether the pair must become direct.
-    pub(crate) fn is_possible(self) -> bool {
+impl Aim {
+    /// The probability with which one round finds it, as [`peerfleet_proto::path::search::plan`] has it.
+    pub(crate) fn odds(self) -> f64 {
         match self {
-            Self::Direct => true,
-            Self::NotWithoutSearch => WITH_SEARCH,
-            Self::BothHard | Self::Severed => false,
+            Self::All => odds(64_512, MAX_SOCKETS, MAX_PROBES),
+            Self::Block => BLOCK_ODDS,
+            Self::Meet | Self::Next => 1.0,
         }
     }
 }
@@ -99,10 +118,35 @@ fn meet(internet: &Internet, routers: [&[usize]; 2]) -> Verdict {
         (true, false) => other.hears_new_ports,
         (true, true) => calls(&one, &other) || calls(&other, &one),
     };
-    match (is_direct, one.moves && other.moves) {
-        (true, _) => Verdict::Direct,
-        (false, false) => Verdict::NotWithoutSearch,
-        (false, true) => Verdict::BothHard,
+    let are_under_one = routers[0].last().is_some_and(|outermost| routers[1].last() == Some(outermost));
+    if is_direct { Verdict::Direct } else { searched(&one, &other, are_under_one) }
+}
+
+/// Checks of named addresses do not suffice. The relay's two ports see who moves with the port. Under one router, what one side
+/// sends takes the ports that the other counts on.
+fn searched(one: &Side, other: &Side, are_under_one: bool) -> Verdict {
+    match (one.moves_with_port, other.moves_with_port) {
+        (true, false) => probed(one, other),
+        (false, true) => probed(other, one),
+        (true, true) if one.aim == Aim::Next && other.aim == Aim::Next => {
+            if are_under_one {
+                Verdict::AgainstOdds
+            } else {
+                Verdict::Searched(Aim::Meet)
+            }
+        }
+        (false, false) if !(one.moves && other.moves) => Verdict::Unseen,
+        (true, true) | (false, false) => Verdict::BothHard,
+    }
+}
+
+/// `hard` opens many ports, one of which `easy` finds.
+fn probed(hard: &Side, easy: &Side) -> Verdict {
+    // If `easy` comes from a port that `hard` does not expect, each must hear a new port of the other's.
+    if !easy.moves || (hard.hears_new_ports && easy.hears_new_ports) {
+        Verdict::Searched(hard.aim)
+    } else {
+        Verdict::AgainstOdds
     }
 }
 
@@ -116,11 +160,19 @@ struct Side {
     hears_new_ports: bool,
     /// It gets in as well through the mapping that the relay saw, which sent to nobody else.
     hears_at_its_name: bool,
+    /// Where the ports of new sockets are seen.
+    aim: Aim,
 }
 
 impl Side {
     fn new(internet: &Internet, routers: &[usize]) -> Self {
-        let mut side = Self { moves: false, moves_with_port: false, hears_new_ports: true, hears_at_its_name: true };
+        let mut side = Self {
+            moves: false,
+            moves_with_port: false,
+            hears_new_ports: true,
+            hears_at_its_name: true,
+            aim: Aim::All,
+        };
         for realm in routers {
             let nat = &internet.realms[*realm].router.nat;
             side.moves |= nat.mapping.moves();
@@ -129,6 +181,14 @@ impl Side {
             // From the first router that moves on, nothing but packets to the relay went through that mapping.
             side.hears_at_its_name &=
                 nat.filter == Filter::Independent || (!side.moves && nat.filter == Filter::Address);
+            // The outermost that does not keep the port within chooses it.
+            let keeps_port = nat.mapping == Mapping::None || nat.ports == Ports::Preserving;
+            side.aim = match nat.ports {
+                Ports::Sequential if !keeps_port => Aim::Next,
+                Ports::Block if !keeps_port => Aim::Block,
+                Ports::Random if !keeps_port => Aim::All,
+                Ports::Preserving | Ports::Sequential | Ports::Random | Ports::Block => side.aim,
+            };
         }
         side
     }

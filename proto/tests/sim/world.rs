@@ -9,14 +9,14 @@ use std::{
 };
 
 use peerfleet_proto::{
-    path::{Candidate, CheckKey, Config, Role},
+    path::{CheckKey, Config, Role},
     stun::is_stun,
 };
 
 use crate::{
     clock::{Dice, beginning},
     internet::{Arrived, Families, Internet},
-    peer::{Numbers, Peer},
+    peer::{Numbers, Peer, Whereabouts},
     verdict::{Verdict, verdict},
 };
 
@@ -26,8 +26,9 @@ pub(crate) const TRAFFIC: Duration = Duration::from_millis(100);
 /// Longest time in which peers notice that the relay is back, however long it was gone.
 pub(crate) const RELAY_NOTICED: Duration = Duration::from_secs(5);
 
-/// More turns than this in a second of virtual time: something wakes up for nothing.
-const MAX_TURNS_PER_SECOND: u32 = 2_000;
+/// More turns than this in a second of virtual time: something wakes up for nothing. Two searches send a thousand packets in it,
+/// which arrive, some of them twice, and are answered.
+const MAX_TURNS_PER_SECOND: u32 = 5_000;
 
 pub(crate) struct World {
     pub(crate) now: Instant,
@@ -63,9 +64,9 @@ struct Relayed {
 }
 
 enum Carried {
-    Offer(Vec<Candidate>),
-    Answer(Vec<Candidate>),
-    Update(Vec<Candidate>),
+    Offer(Whereabouts),
+    Answer(Whereabouts),
+    Update(Whereabouts),
     Data(Numbers),
 }
 
@@ -95,8 +96,8 @@ impl World {
                 world.open(at);
             }
         }
-        let candidates = world.peers[0].candidates();
-        world.relay(1, Carried::Offer(candidates));
+        let whereabouts = world.peers[0].whereabouts();
+        world.relay(1, Carried::Offer(whereabouts));
         world.drain();
         world
     }
@@ -283,12 +284,11 @@ impl World {
 
     fn receive(&mut self, arrived: &Arrived) {
         let Arrived { machine, port, from, bytes } = arrived;
-        let Some(at) = (0..2).find(|at| (self.peers[*at].machine, self.peers[*at].port) == (*machine, *port)) else {
-            return;
-        };
+        let is_there = |peer: &Peer| peer.machine == *machine && peer.has_port(*port);
+        let Some(at) = self.peers.iter().position(is_there) else { return };
         if is_stun(bytes[0]) {
-            self.peers[at].handle_packet(*from, bytes, self.now);
-        } else if self.peers[at].handle_data(*from, Numbers::of(bytes), self.now) {
+            self.peers[at].handle_packet(*port, *from, bytes, self.now);
+        } else if self.peers[at].reads_data(*port) && self.peers[at].handle_data(*from, Numbers::of(bytes), self.now) {
             self.send_data(at, Peer::acknowledgement);
         }
     }
@@ -310,17 +310,18 @@ impl World {
                 if self.peers[at].candidates().is_empty() {
                     self.open(at);
                 }
-                let ours = self.peers[at].candidates();
+                let ours = self.peers[at].whereabouts();
                 self.link(at, theirs);
                 self.relay(1 - at, Carried::Answer(ours));
             }
         }
     }
 
-    fn link(&mut self, at: usize, theirs: Vec<Candidate>) {
+    fn link(&mut self, at: usize, theirs: Whereabouts) {
         let role = if at == 0 { Role::Controlling } else { Role::Controlled };
         let config = Config { key: self.key.clone(), role, seed: self.dice.bytes() };
-        self.peers[at].link(config, theirs, self.now);
+        let seed = self.dice.bytes();
+        self.peers[at].link(config, seed, theirs, self.now);
     }
 
     fn send_traffic(&mut self) {
@@ -342,7 +343,8 @@ impl World {
         let (path, numbers) = (peer.path(), packet(peer, self.now));
         let is_relayed = path.is_none() || peer.is_doubtful();
         if let Some(addr) = path {
-            self.internet.send(peer.machine, peer.port, addr, numbers.packet(), self.now);
+            let port = peer.seeker.port_towards(addr);
+            self.internet.send(peer.machine, port, addr, numbers.packet(), self.now);
         }
         if is_relayed {
             self.relay(1 - at, Carried::Data(numbers));
@@ -358,8 +360,8 @@ impl World {
                 self.internet.send(outgoing.machine, outgoing.port, transmit.to, transmit.bytes, self.now);
             }
             // Before the offer arrived there is nobody to tell.
-            if let Some(candidates) = news.filter(|_| at == 0 || self.peers[at].agent.is_some()) {
-                self.relay(1 - at, Carried::Update(candidates));
+            if let Some(whereabouts) = news.filter(|_| at == 0 || self.peers[at].agent.is_some()) {
+                self.relay(1 - at, Carried::Update(whereabouts));
             }
         }
     }
