@@ -1,4 +1,5 @@
-//! The path machine: what it does step by step, what it refuses, and what becomes of it in thousands of networks.
+//! The path machine: what it does step by step, what it refuses, and what becomes of a path.
+//! What becomes of it in thousands of networks is told in `worlds.rs`.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -12,7 +13,7 @@ use peerfleet_proto::{
     limits::MAX_CANDIDATES,
     path::{
         Agent, Candidate, CandidateKind, CheckKey, Config, Direct, Event, Handled, Ignored, MAX_QUEUED, PACE,
-        ROUND_MAX, ROUND_MIN, Role, Transmit, UPGRADE,
+        ROUND_MAX, ROUND_MIN, Role, Transmit,
         binding::{KEEP_ALIVE_FIRST, KEEP_ALIVE_LEAST},
         check::{BUDGET, BUDGET_WINDOW, BURST},
         direct::{GRACE, KEEP_ALIVE, RECHECK, SHORT_GRACE, SUSPICION},
@@ -23,22 +24,14 @@ use peerfleet_proto::{
 use proptest::prelude::*;
 
 #[path = "sim/clock.rs"]
+#[expect(dead_code, reason = "other tests roll more kinds of dice")]
 mod clock;
 #[path = "path/life.rs"]
 mod life;
-#[path = "sim/net.rs"]
-mod net;
-#[path = "sim/oracle.rs"]
-mod oracle;
-#[path = "sim/pair.rs"]
-mod pair;
 #[path = "path/street.rs"]
 mod street;
 
-use clock::{Dice, beginning};
-use net::{CALM, FILTERS, Filter, Gate, MAPPINGS, Mapping, Weather};
-use oracle::can_be_direct;
-use pair::Pair;
+use clock::beginning;
 
 const HERE: &str = "192.0.2.1:4000";
 const THERE: &str = "192.0.2.99:4001";
@@ -606,179 +599,6 @@ proptest! {
     }
 }
 
-// Networks.
-
-#[test]
-fn every_pair_of_nats_ends_as_the_oracle_says() {
-    let gates: Vec<_> = MAPPINGS.iter().flat_map(|mapping| FILTERS.map(|filter| Gate::new(*mapping, filter))).collect();
-    for (one, other) in gates.iter().flat_map(|one| gates.iter().map(move |other| (one, other))) {
-        for seed in 0..12 {
-            let weather = Weather { delay_ms: (1 + seed * 10, 1 + seed * 15), ..CALM };
-            let mut pair = Pair::new(&[*one, *other], weather, seed);
-            let context = format!("seed {seed}: {one:?} and {other:?}");
-            if can_be_direct(one, other) {
-                assert!(pair.run_until(Duration::from_secs(4), Pair::both_direct), "never direct: {context}");
-                pair.run_for(Duration::from_secs(30));
-                assert!(pair.both_direct(), "did not stay direct: {context}");
-            } else {
-                pair.run_for(Duration::from_secs(30));
-                assert!(pair.none_direct(), "the oracle is wrong: {context}");
-            }
-        }
-    }
-}
-
-#[test]
-fn easy_pairs_are_direct_within_half_a_second_of_signalling() {
-    let mut times: Vec<_> = (0..300)
-        .map(|seed| {
-            let gate = Gate::new(Mapping::Independent, Filter::Port);
-            let mut pair = Pair::new(&[gate, gate], CALM, seed);
-            assert!(pair.run_until(Duration::from_secs(5), Pair::both_direct), "seed {seed}");
-            pair.elapsed()
-        })
-        .collect();
-    times.sort_unstable();
-    // Offer and answer take up to 0.9 s here, and the outer address is known at 0.04 s.
-    assert!(times[285] <= Duration::from_millis(1400), "95 of 100 within {:?}", times[285]);
-}
-
-#[test]
-fn loss_delays_a_direct_path_but_prevents_none() {
-    for seed in 0..1500 {
-        let mut dice = Dice::new(seed);
-        let gates = [any_gate(&mut dice), any_gate(&mut dice)];
-        let weather = Weather { loss_percent: dice.below(21), duplicate_percent: 2, delay_ms: any_delay(&mut dice) };
-        let mut pair = Pair::new(&gates, weather, seed);
-        let context = format!("seed {seed}: {gates:?}, {weather:?}");
-        let direct = pair.run_until(Duration::from_secs(100), Pair::both_direct);
-        assert_eq!(direct, can_be_direct(&gates[0], &gates[1]), "{context}");
-    }
-}
-
-#[test]
-fn a_dead_path_is_cleared_in_bounded_time_and_comes_back() {
-    for seed in 0..600 {
-        let mut dice = Dice::new(seed);
-        let gates = std::iter::repeat_with(|| [any_gate(&mut dice), any_gate(&mut dice)])
-            .find(|[one, other]| can_be_direct(one, other))
-            .unwrap();
-        let weather = Weather { loss_percent: 0, duplicate_percent: 1, delay_ms: any_delay(&mut dice) };
-        let mut pair = Pair::new(&gates, weather, seed);
-        let context = format!("seed {seed}: {gates:?}, {weather:?}");
-        assert!(pair.run_until(Duration::from_secs(10), Pair::both_direct), "never direct: {context}");
-        pair.run_for(dice.millis(2000, 20_000));
-        pair.traffic = dice.percent(50);
-        pair.run_for(Duration::from_secs(2));
-
-        pair.net.down = true;
-        let idle = if pair.traffic { SUSPICION } else { KEEP_ALIVE };
-        // What is under way still arrives; four round trips may be longer than the grace.
-        let slack = Duration::from_millis(weather.delay_ms.1 * 10);
-        let bound = idle.max(Duration::from_secs(1)) + GRACE + slack;
-        assert!(pair.run_until(bound, Pair::none_direct), "not cleared: {context}");
-
-        pair.run_for(dice.millis(0, 60_000));
-        assert!(pair.none_direct(), "a path through nothing: {context}");
-        pair.net.down = false;
-        assert!(pair.run_until(Duration::from_secs(100), Pair::both_direct), "did not come back: {context}");
-    }
-}
-
-#[test]
-fn nats_that_restart_delay_a_path_but_do_not_end_it() {
-    for seed in 0..200 {
-        let mut dice = Dice::new(seed);
-        let gates = [Filter::Address, Filter::Port].map(|filter| Gate::new(Mapping::Independent, filter));
-        let mut pair = Pair::new(&gates, Weather { delay_ms: any_delay(&mut dice), ..CALM }, seed);
-        assert!(pair.run_until(Duration::from_secs(10), Pair::both_direct), "seed {seed}");
-        pair.run_for(dice.millis(0, 30_000));
-        let before = pair.peers.each_ref().map(|peer| peer.changes.len());
-        pair.net.forget_mappings();
-        // A keep-alive interval, the grace, and the refresh of the outer address with its way to the other side.
-        assert!(
-            pair.run_until(Duration::from_secs(45), |pair| {
-                pair.both_direct() && pair.peers.iter().zip(before).all(|(peer, before)| peer.changes.len() > before)
-            }),
-            "seed {seed}"
-        );
-    }
-}
-
-#[test]
-fn a_loss_of_five_percent_moves_no_path_in_an_hour() {
-    for seed in 0..20 {
-        let weather = Weather { loss_percent: 5, duplicate_percent: 1, delay_ms: (10, 60) };
-        let gate = Gate::new(Mapping::Independent, Filter::Port);
-        let mut pair = Pair::new(&[gate, gate], weather, seed);
-        assert!(pair.run_until(Duration::from_secs(60), Pair::both_direct), "seed {seed}");
-        pair.run_for(UPGRADE);
-        let before = pair.peers.each_ref().map(|peer| peer.changes.len());
-        pair.run_for(Duration::from_secs(3600));
-        assert_eq!(pair.peers.each_ref().map(|peer| peer.changes.len()), before, "seed {seed}");
-    }
-}
-
-#[test]
-fn jitter_between_paths_that_are_alike_swings_neither_side() {
-    for seed in 0..100 {
-        let gate = Gate { ipv6: true, ..Gate::new(Mapping::None, Filter::Independent) };
-        let mut pair = Pair::new(&[gate, gate], Weather { delay_ms: (20, 22), ..CALM }, seed);
-        pair.run_for(Duration::from_secs(1800));
-        for peer in &pair.peers {
-            assert!(peer.changes.len() <= 2, "seed {seed}: {:?}", peer.changes);
-        }
-    }
-}
-
-#[test]
-fn two_behind_one_nat_meet_in_their_own_network() {
-    for (seed, filter) in FILTERS.into_iter().enumerate() {
-        let mut pair = Pair::new(&[Gate::new(Mapping::Port, filter)], CALM, seed as u64);
-        assert!(pair.run_until(Duration::from_secs(4), Pair::both_direct), "{filter:?}");
-        for at in 0..2 {
-            assert!(pair.net.addrs(pair.peers[1 - at].host).contains(&pair.path(at).unwrap()), "{filter:?}");
-        }
-    }
-}
-
-#[test]
-fn blocked_udp_leaves_the_relay() {
-    let blocked = Gate { udp_blocked: true, ..Gate::new(Mapping::None, Filter::Independent) };
-    let mut pair = Pair::new(&[blocked, Gate::new(Mapping::None, Filter::Independent)], CALM, 1);
-    pair.run_for(Duration::from_secs(3600));
-    assert!(pair.none_direct());
-}
-
-#[test]
-fn an_open_path_outlives_the_signalling() {
-    let gate = Gate::new(Mapping::Independent, Filter::Port);
-    let mut pair = Pair::new(&[gate, gate], CALM, 5);
-    assert!(pair.run_until(Duration::from_secs(4), Pair::both_direct));
-    pair.signalling = false;
-    let before = pair.peers.each_ref().map(|peer| peer.changes.len());
-    pair.run_for(Duration::from_secs(3600));
-    assert_eq!(pair.peers.each_ref().map(|peer| peer.changes.len()), before);
-}
-
-#[test]
-fn a_changed_interface_costs_a_moment() {
-    for seed in 0..100 {
-        let gate = Gate::new(Mapping::Independent, Filter::Port);
-        let mut pair = Pair::new(&[gate, gate], CALM, seed);
-        assert!(pair.run_until(Duration::from_secs(4), Pair::both_direct), "seed {seed}");
-        pair.net.forget_mappings();
-        pair.interface_changed(0);
-        pair.interface_changed(1);
-        assert!(
-            pair.run_until(Duration::from_secs(6), |pair| {
-                pair.both_direct() && pair.peers.iter().all(|peer| peer.changes.len() > 1)
-            }),
-            "seed {seed}"
-        );
-    }
-}
-
 // What the tests stand on.
 
 fn addr(text: &str) -> SocketAddr {
@@ -801,17 +621,6 @@ fn class(bytes: &[u8]) -> Class {
 
 fn key(number: u8) -> CheckKey {
     CheckKey::agree(&[number; 32], &[number; 32])
-}
-
-fn any_gate(dice: &mut Dice) -> Gate {
-    let expiry = Duration::from_secs(dice.pick(&[20, 30, 60, 120, 300]));
-    let gate = Gate { expiry, ipv6: dice.percent(20), ..Gate::new(dice.pick(&MAPPINGS), dice.pick(&FILTERS)) };
-    Gate { udp_blocked: dice.percent(3), ..gate }
-}
-
-fn any_delay(dice: &mut Dice) -> (u64, u64) {
-    let least = 1 + dice.below(120);
-    (least, least + dice.below(40))
 }
 
 /// One agent, to which nobody answers.
