@@ -5,7 +5,7 @@
 use super::{
     KIB, Pair, exchange_directly, file,
     lab::{Kind, Lab},
-    pair,
+    met, pair,
     program::{Peer, wait_until},
 };
 
@@ -39,8 +39,7 @@ fn behind_two_hard_nats_there_is_no_search() {
 }
 
 fn become_direct_by_a_search(first: Kind, second: Kind) {
-    let Some(lab) = Lab::new() else { return };
-    let Pair { first: (_, one), second: (_, other) } = pair(&lab, first, second);
+    let Some((_lab, Pair { first: (_, one), second: (_, other) })) = met(first, second) else { return };
     exchange_directly(&format!("{first:?} x {second:?}"), &one, &other);
     let searches: Vec<_> = [&one, &other].into_iter().flat_map(searches).collect();
     eprintln!("{}", searches.join("; "));
