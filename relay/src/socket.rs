@@ -48,12 +48,12 @@ pub(crate) fn wire(payload: &[u8]) -> Bytes {
 
 /// What was read and is tungstenite's.
 #[derive(Debug, Default)]
-struct Library {
+struct Passed {
     bytes: Vec<u8>,
     at: usize,
 }
 
-impl Library {
+impl Passed {
     /// Gives as much as fits; whether that was anything.
     fn give(&mut self, buffer: &mut ReadBuf<'_>) -> bool {
         let waiting = &self.bytes[self.at..];
@@ -73,7 +73,7 @@ pub(crate) struct Socket {
     stream: TcpStream,
     outbox: Outbox,
     separator: Separator,
-    library: Library,
+    passed: Passed,
     taken: Vec<Taken>,
     /// Whether the frame before was large, so that the next one probably is.
     large: bool,
@@ -95,13 +95,13 @@ impl Socket {
             stream,
             outbox: Outbox::default(),
             separator: Separator::new(Side::Server),
-            library: Library::default(),
+            passed: Passed::default(),
             taken: Vec::new(),
             large: false,
             sent: 0,
             allowance: TURN_BYTES,
         };
-        socket.separator.feed(rest, &mut socket.library.bytes, &mut socket.taken);
+        socket.separator.feed(rest, &mut socket.passed.bytes, &mut socket.taken);
         socket
     }
 
@@ -158,7 +158,7 @@ impl Socket {
 
     /// Reads once and sorts what came; how many bytes that were.
     fn poll_sort(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        let Self { stream, separator, library, taken, large, .. } = self;
+        let Self { stream, separator, passed: library, taken, large, .. } = self;
         if let Some(rest) = separator.rest() {
             let count = ready!(pin!(stream.read_buf(rest)).poll(cx))?;
             if let Some(frame) = separator.settle() {
@@ -185,7 +185,7 @@ impl AsyncRead for Socket {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
-            if self.library.give(buffer) {
+            if self.passed.give(buffer) {
                 break;
             }
             let count = ready!(self.poll_sort(cx))?;

@@ -45,7 +45,7 @@ pub(super) struct Carrier {
     transport: Transport,
     reading: Reading,
     landing: Box<[u8]>,
-    library: Vec<u8>,
+    passed: Vec<u8>,
     given: usize,
     taken: Vec<Taken>,
     /// Whether the frame before was large, so that the next one probably is.
@@ -74,7 +74,7 @@ impl Carrier {
             transport,
             reading: Reading::Upgrade(Vec::new()),
             landing: vec![0; AHEAD_BYTES].into_boxed_slice(),
-            library: Vec::new(),
+            passed: Vec::new(),
             given: 0,
             taken: Vec::new(),
             large: false,
@@ -145,7 +145,7 @@ impl Carrier {
 
     /// Sorts what landed.
     fn sort(&mut self, count: usize) {
-        let Self { reading, landing, library, taken, large, .. } = self;
+        let Self { reading, landing, passed: library, taken, large, .. } = self;
         let landed = &landing[..count];
         match reading {
             Reading::Frames(separator) => {
@@ -180,12 +180,12 @@ impl Carrier {
 
     /// Gives the library as much as fits; whether that was anything.
     fn give(&mut self, buffer: &mut ReadBuf<'_>) -> bool {
-        let waiting = &self.library[self.given..];
+        let waiting = &self.passed[self.given..];
         let count = waiting.len().min(buffer.remaining());
         buffer.put_slice(&waiting[..count]);
         self.given += count;
-        if self.given == self.library.len() {
-            (self.library, self.given) = (Vec::new(), 0);
+        if self.given == self.passed.len() {
+            (self.passed, self.given) = (Vec::new(), 0);
         }
         count > 0
     }
