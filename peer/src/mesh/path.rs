@@ -128,6 +128,8 @@ struct Link {
     remote: Arc<Remote>,
     /// What the other side names.
     theirs: Vec<Candidate>,
+    /// What is known of the other side's NAT.
+    their_nat: Nat,
     /// When a round of checks began because they were told.
     round_at: Option<Instant>,
     /// Once it is up.
@@ -250,7 +252,13 @@ impl Paths {
         agent.set_local(here.candidates, now);
         agent.set_remote(self.reachable(&there.candidates), now);
         self.agents.insert(remote.mapped, agent, now);
-        let link = Link { remote: Arc::clone(&remote), theirs: there.candidates, round_at: None, evidence: None };
+        let link = Link {
+            remote: Arc::clone(&remote),
+            theirs: there.candidates,
+            their_nat: there.nat,
+            round_at: None,
+            evidence: None,
+        };
         self.links.insert(remote.mapped, link);
         for check in self.early.take(now) {
             let handled = self.agents.handle_early_packet(check.from, &check.packet, now);
@@ -285,14 +293,16 @@ impl Paths {
     }
 
     /// The other side is to be reached elsewhere, or knows more of its NAT; or it says the same again, because it lost its path or
-    /// came back. Without a path both look for one at the same time then: rounds that do not meet open no two NATs.
+    /// came back. Without a path both look for one at the same time then: rounds that do not meet open no two NATs. News of the NAT
+    /// alone begin none, because whoever tells them begins none either.
     pub(super) fn set_theirs(&mut self, remote: &Remote, there: Whereabouts, now: Instant) {
         let here = self.whereabouts();
         self.searches.set_there(remote, &here, &there, now);
         let reachable = self.reachable(&there.candidates);
         if let Some(link) = self.links.get_mut(&remote.mapped) {
-            link.theirs = there.candidates;
-            let is_round = link.round_at.is_none_or(|at| at + ROUND_PAUSE <= now);
+            let is_of_nat = link.theirs == there.candidates && link.their_nat != there.nat;
+            (link.theirs, link.their_nat) = (there.candidates, there.nat);
+            let is_round = !is_of_nat && link.round_at.is_none_or(|at| at + ROUND_PAUSE <= now);
             self.agents.tell(&remote.mapped, now, |agent| {
                 agent.set_remote(reachable, now);
                 if is_round && agent.path().is_none() {

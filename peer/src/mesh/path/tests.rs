@@ -1,7 +1,7 @@
 use peerfleet_proto::{
     id::InstanceId,
     path::{CheckKey, Role},
-    request::link::Route,
+    request::link::{Mapping, Route},
     stun::{Class, Draft, Message},
 };
 
@@ -113,7 +113,24 @@ impl Pair {
     fn tell(&mut self) {
         self.paths.set_theirs(&self.remote, there(), self.now);
     }
+
+    /// What the responder is asked now.
+    fn asked(&mut self) -> Vec<Vec<u8>> {
+        let shots = std::iter::from_fn(|| self.paths.poll_transmit());
+        shots.filter(|shot| shot.to == addr(RESPONDER)).map(|shot| shot.bytes.to_vec()).collect()
+    }
+
+    /// There is a responder, and it answers.
+    fn learn_how_it_is_seen(&mut self) {
+        self.paths.set_responders(vec![addr(RESPONDER)], None, self.now);
+        let transaction = Message::parse(&self.asked()[0]).unwrap().transaction();
+        let answer = Draft::new(Class::Success, transaction).mapped_address(addr("198.51.100.7:4000")).finish();
+        let note = FromSocket::Stun { via: None, from: addr(RESPONDER), packet: answer.into() };
+        self.paths.handle_note(note, &self.routes, self.now);
+    }
 }
+
+const RESPONDER: &str = "203.0.113.1:8080";
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
@@ -155,6 +172,16 @@ async fn who_has_no_path_and_is_told_the_same_again_looks_for_one_at_once() {
 }
 
 #[tokio::test]
+async fn news_of_the_other_sides_nat_alone_begin_no_round() {
+    let mut pair = Pair::lost();
+    let before = pair.checks.len();
+    let nat = Nat { mapping: Mapping::EndpointIndependent, ..Nat::default() };
+    pair.paths.set_theirs(&pair.remote, Whereabouts { nat, ..there() }, pair.now);
+    pair.run(Duration::from_millis(100));
+    assert_eq!(pair.checks.len(), before);
+}
+
+#[tokio::test]
 async fn who_is_told_the_same_all_the_time_neither_checks_nor_answers_all_the_time() {
     let mut pair = Pair::lost();
     let before = pair.checks.len();
@@ -188,35 +215,15 @@ async fn who_is_back_in_the_room_is_told_where_we_are() {
 #[tokio::test]
 async fn whoever_comes_back_asks_how_it_is_seen() {
     let mut pair = Pair::direct();
-    let responder = addr("203.0.113.1:8080");
-    pair.paths.set_responders(vec![responder], None, pair.now);
-    let asked = |pair: &mut Pair| {
-        let shots = std::iter::from_fn(|| pair.paths.poll_transmit());
-        shots.filter(|shot| shot.to == responder).map(|shot| shot.bytes).collect::<Vec<_>>()
-    };
-    let first = asked(&mut pair).remove(0);
-    let transaction = Message::parse(&first).unwrap().transaction();
-    let answer = Draft::new(Class::Success, transaction).mapped_address(addr("198.51.100.7:4000")).finish();
-    let note = FromSocket::Stun { via: None, from: responder, packet: answer.into() };
-    pair.paths.handle_note(note, &pair.routes, pair.now);
+    pair.learn_how_it_is_seen();
     pair.paths.joined(pair.now);
-    assert_eq!(asked(&mut pair).len(), 1);
+    assert_eq!(pair.asked().len(), 1);
 }
 
 #[tokio::test]
 async fn responders_are_asked_while_a_link_has_no_path_and_not_while_all_have() {
     let mut pair = Pair::direct();
-    let responder = addr("203.0.113.1:8080");
-    pair.paths.set_responders(vec![responder], None, pair.now);
-    let asked = |pair: &mut Pair| {
-        let shots = std::iter::from_fn(|| pair.paths.poll_transmit());
-        shots.filter(|shot| shot.to == responder).map(|shot| shot.bytes).collect::<Vec<_>>()
-    };
-    let first = asked(&mut pair).remove(0);
-    let transaction = Message::parse(&first).unwrap().transaction();
-    let answer = Draft::new(Class::Success, transaction).mapped_address(addr("198.51.100.7:4000")).finish();
-    let note = FromSocket::Stun { via: None, from: responder, packet: answer.into() };
-    pair.paths.handle_note(note, &pair.routes, pair.now);
+    pair.learn_how_it_is_seen();
     pair.run(Duration::from_millis(10));
     assert!(pair.paths.reflexive.poll_timeout().is_none(), "nothing will be asked");
     pair.heard = false;
